@@ -1,0 +1,23 @@
+"""What a user's mistake looks like: one line that says what to do, exit status 2, never a traceback."""
+
+import sys
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message is one line: what is wrong, then what to do about it."""
+
+
+def run_script(main):
+    """Run a script's `main()`. A UserError is printed as `error: …` and exits with 2; any other exception is a bug of
+    ours and keeps its traceback."""
+    try:
+        main()
+    except UserError as mistake:
+        sys.exit(_fail(f"error: {mistake}", status=2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", status=130))
+
+
+def _fail(line, status):
+    print(line, file=sys.stderr)
+    return status

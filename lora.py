@@ -1,0 +1,120 @@
+"""Low-rank adaptation (LoRA): fine-tune a large linear layer by training a thin detour around it.
+
+    y = W x + b  +  (alpha / rank) · B A x          A: (rank, in), B: (out, rank), rank ≪ in, out
+
+W and b stay frozen; only A and B are trained. B starts at zero, so an untrained adapter changes nothing; once trained,
+B A can be added into W, so a merged one costs nothing.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). Names, initialization and
+scaling are those of Hugging Face's PEFT, so that adapters can be exchanged with it.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from model import CLIP, CLIPConfig
+
+PROJECTIONS = {
+    "q": "attn.q_proj",
+    "k": "attn.k_proj",
+    "v": "attn.v_proj",
+    "out": "attn.out_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+TOWERS = ("visual", "text")
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with its low-rank detour: (…, in) → (…, out)."""
+
+    def __init__(self, base: nn.Linear, rank, alpha, dropout=0.0):
+        super().__init__()
+        self.base = base
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.merged = False
+
+    def forward(self, x):
+        y = self.base(x)
+        return y if self.merged else y + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+    @torch.no_grad()
+    def merge(self):
+        """Add the detour into the base weight: the same function (to rounding), at the base layer's cost."""
+        if not self.merged:
+            self.base.weight += self.lora_B.weight @ self.lora_A.weight * self.scaling
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self):
+        """Take the detour out again, to go on training it."""
+        if self.merged:
+            self.base.weight -= self.lora_B.weight @ self.lora_A.weight * self.scaling
+            self.merged = False
+
+
+def add_lora(clip, rank=8, alpha=16.0, dropout=0.0, projections=("q", "k", "v", "out"), blocks=None, towers=TOWERS):
+    """Replace linear layers of `clip` by LoRALinear ones, in place.
+
+    projections: names of PROJECTIONS; blocks: numbers from 1 on, None for all; towers: names of TOWERS. A block number
+    beyond a tower's depth is passed over there, as the towers may differ in depth. Returns the new layers.
+    """
+    layers = []
+    for tower in towers:
+        for number, block in enumerate(getattr(clip, tower).blocks, start=1):
+            if blocks is not None and number not in blocks:
+                continue
+            for projection in projections:
+                parent, name = PROJECTIONS[projection].split(".")
+                parent = getattr(block, parent)
+                layer = LoRALinear(getattr(parent, name), rank, alpha, dropout)
+                setattr(parent, name, layer.to(layer.base.weight.device))
+                layers.append(layer)
+    return layers
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def merge_lora(model):
+    """Merge every adapter of `model` into its base weights, for inference."""
+    for layer in lora_layers(model):
+        layer.merge()
+
+
+def unmerge_lora(model):
+    """Undo `merge_lora`."""
+    for layer in lora_layers(model):
+        layer.unmerge()
+
+
+def main():
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig()).initialize().eval()
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        before = clip.encode_image(pixels)
+        layers = add_lora(clip, rank=8)
+        trained = sum(layer.lora_A.weight.numel() + layer.lora_B.weight.numel() for layer in layers)
+        total = sum(p.numel() for p in clip.parameters())
+        print(f"rank 8 on q, k, v and out of all blocks of ViT-B/16: {len(layers)} adapters")
+        print(f"  {trained:,} trainable parameters, {trained / total:.2%} of {total:,}")
+        print(f"untrained, the image embedding moves by {(clip.encode_image(pixels) - before).abs().max():.1e}")
+        for layer in layers:
+            nn.init.normal_(layer.lora_B.weight, std=0.02)
+        adapted = clip.encode_image(pixels)
+        print(f"with random B it moves by {(adapted - before).abs().max():.1e}")
+        merge_lora(clip)
+        print(f"merging the adapters moves that by {(clip.encode_image(pixels) - adapted).abs().max():.1e} (rounding)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The figures the paper reports: accuracy and macro-F1 for classification, Recall@K and MRR for retrieval.
+
+Macro-F1 averages F1 over classes, so that a rare class counts as much as a common one. Recall@K is the share of queries
+with a relevant image among the first K answers (in the retrieval sense: one is enough); MRR, the mean reciprocal rank,
+averages 1 / rank of the first relevant answer.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def confusion_matrix(labels, predictions, num_classes):
+    """(N,) true and (N,) predicted class numbers → (num_classes, num_classes) counts, a row for each true class."""
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def accuracy(confusion):
+    return (confusion.diagonal().sum() / confusion.sum()).item()
+
+
+def macro_f1(confusion):
+    """The mean F1 over the classes that occur among labels or predictions, as scikit-learn defines it."""
+    correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    occurs = labelled + predicted > 0
+    return (2 * correct / (labelled + predicted).clamp(min=1))[occurs].mean().item()
+
+
+def first_relevant_ranks(queries, gallery, relevant, exclude=None):
+    """The rank, from 1 on, of the best-placed relevant gallery item for each query that has one → (≤ Q,) int64.
+
+    queries: (Q, D), gallery: (N, D) features, ranked by cosine; relevant: (Q, N) bool; exclude: (Q, N) bool, items not
+    to be ranked (a query image itself). Ties count against us: an irrelevant item with the same score ranks first, so
+    that a model that maps everything to one point scores as badly as it should.
+    """
+    scores = F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
+    if exclude is not None:
+        scores = scores.masked_fill(exclude, -torch.inf)
+        relevant = relevant & ~exclude
+    best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
+    ranks = 1 + ((scores >= best) & ~relevant).sum(1)
+    return ranks[relevant.any(1)]
+
+
+def retrieval_metrics(ranks, ks=(1, 5, 10)):
+    """Ranks of the first relevant answers → {"recall@K": …, "mrr": …}; None for each if no query had one."""
+    if len(ranks) == 0:
+        return {**{f"recall@{k}": None for k in ks}, "mrr": None}
+    return {**{f"recall@{k}": (ranks <= k).double().mean().item() for k in ks}, "mrr": (1 / ranks).mean().item()}
+
+
+def main():
+    labels, predictions = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
+    confusion = confusion_matrix(labels, predictions, 3)
+    print("confusion (row: true class)", confusion.tolist())
+    print(f"accuracy {accuracy(confusion):.3f}, macro-F1 {macro_f1(confusion):.3f} (the rare class drags it down)")
+    gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    relevant = torch.tensor([[False, True, False], [False, False, True]])
+    ranks = first_relevant_ranks(torch.tensor([[1.0, 0.0], [0.1, 1.0]]), gallery, relevant)
+    print(f"first relevant answers at rank {ranks.tolist()}: {retrieval_metrics(ranks, ks=(1, 2))}")
+
+
+if __name__ == "__main__":
+    main()

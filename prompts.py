@@ -1,0 +1,120 @@
+"""Class-specific prompts: what a clinician would say to describe a class, in several ways.
+
+CLIP compares images with sentences, so a class is as good as the sentences that stand for it. The seven classes of the
+ENTRep challenge have prompts by hand; any other class name is put into templates; a JSON file overrides both:
+
+    {"polyp": ["a smooth pale polyp on the vocal fold", "…"], …}
+
+Source: arXiv 2509.00752 (the idea; the wording is ours), CLIP's prompt ensembles (arXiv 2103.00020, section 3.1.4).
+"""
+
+import json
+import re
+from pathlib import Path
+
+from errors import UserError
+
+TEMPLATES = (
+    "an endoscopic image of {}",
+    "endoscopy showing {}",
+    "a view of {} through an endoscope",
+    "an ENT examination with {}",
+    "a close-up endoscopic photograph of {}",
+)
+
+# The patient's right side is on the left of the picture: the septum of the right nasal cavity lies on the picture's
+# right. The eardrum's cone of light points forwards and down: to 5 o'clock in a right ear, to 7 in a left one.
+ENTREP = {
+    "nose-right": (
+        "nasal endoscopy of the right nasal cavity",
+        "the right nostril from inside, with the septum on the right of the picture",
+        "the right nasal cavity with the inferior and middle turbinates on the left of the picture",
+        "an endoscopic image of the right side of the nose",
+        "pink nasal mucosa and turbinates of the right nasal passage",
+    ),
+    "nose-left": (
+        "nasal endoscopy of the left nasal cavity",
+        "the left nostril from inside, with the septum on the left of the picture",
+        "the left nasal cavity with the inferior and middle turbinates on the right of the picture",
+        "an endoscopic image of the left side of the nose",
+        "pink nasal mucosa and turbinates of the left nasal passage",
+    ),
+    "ear-right": (
+        "otoscopy of the right ear",
+        "the right eardrum with the cone of light at 5 o'clock",
+        "the right tympanic membrane and the handle of the malleus",
+        "an endoscopic image of the right ear canal and eardrum",
+        "a right ear examined with an otoendoscope",
+    ),
+    "ear-left": (
+        "otoscopy of the left ear",
+        "the left eardrum with the cone of light at 7 o'clock",
+        "the left tympanic membrane and the handle of the malleus",
+        "an endoscopic image of the left ear canal and eardrum",
+        "a left ear examined with an otoendoscope",
+    ),
+    "vc-open": (
+        "laryngoscopy with open vocal cords",
+        "abducted vocal folds during breathing, the glottis a dark V",
+        "the larynx in inspiration with the vocal cords apart",
+        "an endoscopic image of the open glottis with the trachea below",
+        "vocal folds wide open",
+    ),
+    "vc-closed": (
+        "laryngoscopy with closed vocal cords",
+        "adducted vocal folds during phonation, the glottis a thin line",
+        "the larynx while speaking, with the vocal cords together",
+        "an endoscopic image of the closed glottis",
+        "vocal folds touching in the midline",
+    ),
+    "throat": (
+        "an endoscopic image of the throat",
+        "the oropharynx with the uvula and the palatine tonsils",
+        "the soft palate, uvula and posterior pharyngeal wall",
+        "a view into the mouth to the back of the throat",
+        "pharyngoscopy of the oropharynx",
+    ),
+}
+
+
+def class_prompts(classes, file=None):
+    """Class names → {class: [prompt, …]}, in the order of `classes`.
+
+    file: a JSON file of the user's own prompts; classes it leaves out keep theirs. Raises UserError where the file is
+    not such a JSON object or names a class that is not among `classes`.
+    """
+    own = _read(file) if file else {}
+    unknown = sorted(own.keys() - set(classes))
+    if unknown:
+        raise UserError(f"{file} has prompts for unknown classes {', '.join(unknown)}; known are {', '.join(classes)}")
+    return {name: list(own.get(name) or _default(name)) for name in classes}
+
+
+def _default(name):
+    words = re.sub(r"[\W_]+", " ", name).strip() or name
+    return ENTREP.get(words.lower().replace(" ", "-")) or [template.format(words) for template in TEMPLATES]
+
+
+def _read(file):
+    try:
+        own = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"cannot read prompts from {file} ({problem}); it should be a JSON object") from None
+    ok = isinstance(own, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
+        for texts in own.values()
+    )
+    if not ok:
+        raise UserError(f'{file} should be a JSON object like {{"class": ["a prompt", "another"], …}}')
+    return own
+
+
+def main():
+    for name, prompts in class_prompts(["ear-left", "vc-closed", "vocal_fold_polyp"]).items():
+        print(name)
+        for prompt in prompts:
+            print(f"  {prompt}")
+
+
+if __name__ == "__main__":
+    main()

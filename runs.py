@@ -1,0 +1,261 @@
+"""What the scripts share: their flags, and the folder of a fine-tuned model, a "run".
+
+    runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
+                                      classes, prompts, settings and the base model's fingerprint as JSON in its metadata
+    runs/<name>/last.safetensors      all that resuming needs (train.py)
+    runs/<name>/metrics.json(l)       the final figures; a line an epoch (train.py)
+    runs/<name>/merges.txt            the BPE merges of a model trained from scratch
+    runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
+
+Everything is safetensors and JSON: reading a file from elsewhere can't run code.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import load_image, normalize, prefetch, resize_and_crop
+from errors import UserError
+from fusion import FusedCLIP
+from lora import add_lora
+from model import CLIP, CLIPConfig, load_clip
+from tokenizer import Tokenizer, learn_merges, save_merges
+
+RUNS = Path("runs")
+WEIGHTS = Path(__file__).parent / "weights"
+# The architecture of `--weights scratch`: small enough for a laptop, deep enough for levels to mean something.
+SCRATCH = CLIPConfig(
+    embed_dim=128,
+    image_size=128,
+    patch_size=16,
+    vision_width=128,
+    vision_layers=8,
+    context_length=77,
+    text_width=128,
+    text_layers=4,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the flags that all scripts share, whose errors are one line, as all our errors are."""
+
+    def __init__(self, description, run_help="a fine-tuned model's folder (default: the newest in runs/)"):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument("--data", help="images: a folder with a sub-folder for each class, or a .csv/.jsonl manifest")
+        self.add_argument("--weights", help="base model: clip-vit-b-16, scratch, or a path to CLIP weights")
+        self.add_argument("--run", type=Path, help=run_help)
+        self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+        self.add_argument("--seed", type=int, default=0, help="fixes the split and everything random")
+        self.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
+        self.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
+
+    def error(self, message):
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def positive_int(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def find_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):  # AssertionError: PyTorch without CUDA
+        raise UserError(f"there is no device {name!r} on this machine; try --device cpu") from None
+
+
+def mixed_precision(device):
+    """The towers' type: bfloat16 on GPUs that compute in it, float16 on older ones, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def autocast(device):
+    dtype = mixed_precision(device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class Progress:
+    """At most one line a second, and the last: progress, images/s and time left; on a terminal, in place."""
+
+    def __init__(self, total, file=sys.stdout):
+        self.total, self.file, self.start, self.last = total, file, time.monotonic(), time.monotonic()
+
+    def __call__(self, done, text):
+        now = time.monotonic()
+        if now - self.last < 1:
+            return
+        self.last = now
+        rate = done / (now - self.start)
+        left = round((self.total - done) / rate)
+        line = f"{text}  {done / self.total:4.0%}  {rate:,.0f} images/s  {left // 60}:{left % 60:02} left"
+        tty = self.file.isatty()
+        print(f"\r{line}\x1b[K" if tty else line, end="\r" if tty else "\n", file=self.file, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def base_folder(weights):
+    """The --weights flag → where the base model is: a name is a folder of weights/, anything else a path."""
+    named = WEIGHTS / weights
+    return named if named.is_dir() or weights == "clip-vit-b-16" else Path(weights)
+
+
+def load_base(weights):
+    """→ (CLIP, Tokenizer) of a pretrained base model."""
+    path = base_folder(weights)
+    clip = load_clip(path)
+    tokenizer = Tokenizer(path if path.is_dir() else path.parent)
+    if len(tokenizer) != clip.config.vocab_size:
+        raise UserError(
+            f"the merges beside {path} make {len(tokenizer):,} tokens, the weights know {clip.config.vocab_size:,}; "
+            "put the merges.txt that belongs to the weights there"
+        )
+    return clip, tokenizer
+
+
+def start_from_scratch(texts, run):
+    """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder."""
+    save_merges(learn_merges(texts, 1000), run / "merges.txt")
+    tokenizer = Tokenizer(run)
+    return CLIP(CLIPConfig(**{**asdict(SCRATCH), "vocab_size": len(tokenizer)})).initialize(), tokenizer
+
+
+def assemble(clip, settings, num_classes):
+    """CLIP + LoRA + fusion + head as the settings say; what is to be trained, and only that, requires a gradient."""
+    if settings["full"]:
+        clip.requires_grad_(True)
+    else:
+        clip.requires_grad_(False)
+        clip.logit_scale.requires_grad_(True)
+        if settings["lora_rank"]:
+            add_lora(
+                clip,
+                settings["lora_rank"],
+                settings["lora_alpha"],
+                settings["lora_dropout"],
+                settings["lora_projections"],
+                settings["lora_blocks"],
+                settings["lora_towers"],
+            )
+    return FusedCLIP(clip, num_classes, settings["fusion"], settings["levels"])
+
+
+def trained_parameters(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def fingerprint(clip):
+    """A short hash that tells base models apart: of every tensor's shape and 64 of its values spread evenly."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def write_safetensors(file, tensors, info):
+    """Tensors and a JSON object, by way of a temporary file: an interruption leaves the old file whole."""
+    temporary = file.with_suffix(".tmp")
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, metadata={"info": json.dumps(info, ensure_ascii=False)})
+    os.replace(temporary, file)
+
+
+def read_safetensors(file):
+    """→ (tensors, JSON object) as `write_safetensors` wrote them. Raises UserError."""
+    try:
+        with safe_open(file, "pt") as f:
+            # cloned: the file may be written anew while its tensors are in use
+            return {name: f.get_tensor(name).clone() for name in f.keys()}, json.loads(f.metadata()["info"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{file} is not a file of ours or is damaged ({problem}); train again") from None
+
+
+def find_run(run, file="adapter.safetensors"):
+    """The --run flag → the run's folder, by default the newest that has `file`. Raises UserError."""
+    if run is None:
+        runs = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError(f"there is no run in {RUNS}/; train one with `python train.py --data …`, or name it by --run")
+        return runs[-1].parent
+    if not (run / file).is_file():
+        raise UserError(f"there is no {file} in {run}; train one with `python train.py --data … --run {run}`")
+    return run
+
+
+def load_run(run, device, weights=None):
+    """A run's folder → (FusedCLIP in evaluation mode, Tokenizer, info). info holds "classes", "prompts", "settings" and
+    "base"; weights replaces the base model's place, should it have moved. Raises UserError."""
+    tensors, info = read_safetensors(run / "adapter.safetensors")
+    base = info["base"]
+    if base["weights"] == "scratch":
+        clip, tokenizer = CLIP(CLIPConfig(**base["config"])), Tokenizer(run)
+    else:
+        clip, tokenizer = load_base(weights or base["weights"])
+        if fingerprint(clip) != base["fingerprint"]:
+            raise UserError(f"{run} was trained on other base weights than {weights or base['weights']}; use --weights")
+    model = assemble(clip, info["settings"], len(info["classes"]))
+    load_trained(model, tensors, run / "adapter.safetensors")
+    return model.to(device).eval(), tokenizer, info
+
+
+def load_trained(model, tensors, file):
+    """Copy a run's tensors into the model; every trained parameter must be there, and nothing else."""
+    parameters = trained_parameters(model)
+    wrong = [n for n in parameters if n not in tensors or tensors[n].shape != parameters[n].shape]
+    wrong += tensors.keys() - parameters.keys()
+    if wrong:
+        raise UserError(f"{file} does not fit its own settings: {', '.join(sorted(wrong))}; train again")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+@torch.inference_mode()
+def encode_images(model, files, device, batch_size, workers, what="encoding"):
+    """Image files → (N, embed_dim) float32 fused embeddings on the CPU, not of unit length."""
+    size = model.clip.config.image_size
+    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
+    progress, features = Progress(len(files), sys.stderr), []
+    for arrays in prefetch(lambda file: resize_and_crop(load_image(file), size), batches, workers):
+        pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device))
+        with autocast(device):
+            features.append(model.encode_image(pixels).float().cpu())
+        progress(sum(map(len, features)), what)
+    return torch.cat(features) if features else torch.empty(0, model.clip.config.embed_dim)
+
+
+@torch.inference_mode()
+def encode_texts(model, tokenizer, texts, device):
+    """Texts → (N, embed_dim) float32 embeddings on the CPU, not of unit length."""
+    tokens = tokenizer(texts, model.clip.config.context_length)
+    with autocast(device):
+        return torch.cat([model.encode_text(part.to(device)).float().cpu() for part in tokens.split(256)])
