@@ -1,7 +1,7 @@
 """What the scripts share: their flags, and the folder of a fine-tuned model, a "run".
 
     runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
-                                      classes, prompts, settings and the base model's fingerprint as JSON in its metadata
+                                      classes, prompts, settings and the base's fingerprint as JSON in the metadata
     runs/<name>/last.safetensors      all that resuming needs (train.py)
     runs/<name>/metrics.json(l)       the final figures; a line an epoch (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 
 from data import load_image, normalize, prefetch, resize_and_crop
 from errors import UserError
-from fusion import FusedCLIP
-from lora import add_lora
+from fusion import FusedCLIP, default_levels
+from lora import add_lora, merge_lora
 from model import CLIP, CLIPConfig, load_clip
 from tokenizer import Tokenizer, learn_merges, save_merges
 
@@ -100,7 +100,8 @@ class Progress:
     """At most one line a second, and the last: progress, images/s and time left; on a terminal, in place."""
 
     def __init__(self, total, file=sys.stdout):
-        self.total, self.file, self.start, self.last = total, file, time.monotonic(), time.monotonic()
+        self.total, self.file, self.start = total, file, time.monotonic()
+        self.last = self.start
 
     def __call__(self, done, text):
         now = time.monotonic()
@@ -139,6 +140,7 @@ def load_base(weights):
 
 def start_from_scratch(texts, run):
     """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder."""
+    run.mkdir(parents=True, exist_ok=True)
     save_merges(learn_merges(texts, 1000), run / "merges.txt")
     tokenizer = Tokenizer(run)
     return CLIP(CLIPConfig(**{**asdict(SCRATCH), "vocab_size": len(tokenizer)})).initialize(), tokenizer
@@ -152,16 +154,13 @@ def assemble(clip, settings, num_classes):
         clip.requires_grad_(False)
         clip.logit_scale.requires_grad_(True)
         if settings["lora_rank"]:
-            add_lora(
-                clip,
-                settings["lora_rank"],
-                settings["lora_alpha"],
-                settings["lora_dropout"],
-                settings["lora_projections"],
-                settings["lora_blocks"],
-                settings["lora_towers"],
-            )
-    return FusedCLIP(clip, num_classes, settings["fusion"], settings["levels"])
+            keys = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
+            if not add_lora(clip, *(settings[f"lora_{key}"] for key in keys)):
+                raise UserError(f"--lora-blocks: the base model has no such block; it has {len(clip.visual.blocks)}")
+    levels = settings["levels"] or default_levels(len(clip.visual.blocks))
+    if max(levels) > len(clip.visual.blocks):
+        raise UserError(f"--levels: the base model has {len(clip.visual.blocks)} blocks, not {max(levels)}")
+    return FusedCLIP(clip, num_classes, settings["fusion"], levels)
 
 
 def trained_parameters(model):
@@ -204,7 +203,7 @@ def find_run(run, file="adapter.safetensors"):
     if run is None:
         runs = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
         if not runs:
-            raise UserError(f"there is no run in {RUNS}/; train one with `python train.py --data …`, or name it by --run")
+            raise UserError(f"there is no run in {RUNS}/; train one with `python train.py --data …`, or give its --run")
         return runs[-1].parent
     if not (run / file).is_file():
         raise UserError(f"there is no {file} in {run}; train one with `python train.py --data … --run {run}`")
@@ -212,8 +211,11 @@ def find_run(run, file="adapter.safetensors"):
 
 
 def load_run(run, device, weights=None):
-    """A run's folder → (FusedCLIP in evaluation mode, Tokenizer, info). info holds "classes", "prompts", "settings" and
-    "base"; weights replaces the base model's place, should it have moved. Raises UserError."""
+    """A run's folder → (FusedCLIP for inference, its adapters merged; Tokenizer; info).
+
+    info holds "classes", "prompts", "settings" and "base"; weights replaces the base model's place, should it have moved.
+    Raises UserError.
+    """
     tensors, info = read_safetensors(run / "adapter.safetensors")
     base = info["base"]
     if base["weights"] == "scratch":
@@ -224,6 +226,7 @@ def load_run(run, device, weights=None):
             raise UserError(f"{run} was trained on other base weights than {weights or base['weights']}; use --weights")
     model = assemble(clip, info["settings"], len(info["classes"]))
     load_trained(model, tensors, run / "adapter.safetensors")
+    merge_lora(model)
     return model.to(device).eval(), tokenizer, info
 
 
