@@ -213,7 +213,7 @@ def find_run(run, file="adapter.safetensors"):
 def load_run(run, device, weights=None):
     """A run's folder → (FusedCLIP for inference, its adapters merged; Tokenizer; info).
 
-    info holds "classes", "prompts", "settings" and "base"; weights replaces the base model's place, should it have moved.
+    info holds "classes", "prompts", "settings" and "base"; weights says where the base model is, should it have moved.
     Raises UserError.
     """
     tensors, info = read_safetensors(run / "adapter.safetensors")

@@ -173,8 +173,8 @@ class Optimization:
         self.parameters = trained_parameters(model)
         matrices = [p for p in self.parameters.values() if p.dim() >= 2]
         vectors = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
-        groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0}]
-        self.adamw = torch.optim.AdamW(groups, lr=settings["lr"])
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=settings["lr"], weight_decay=settings["weight_decay"])
         self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
         self.peak, total = settings["lr"], settings["epochs"] * steps_per_epoch
         self.total, self.warmup = total, max(1, round(settings["warmup"] * total))
@@ -201,9 +201,7 @@ class Optimization:
     def restore(self, tensors, device):
         for name, p in self.parameters.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.adamw.state[p] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device) for key in keys
-            }
+            self.adamw.state[p] = {key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device) for key in keys}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

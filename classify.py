@@ -1,0 +1,64 @@
+"""Classify images with a fine-tuned model: python classify.py IMAGE-OR-FOLDER…"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from data import find_images
+from errors import UserError, run_script
+from runs import Parser, encode_images, find_device, find_run, load_run
+
+
+def classify(model, classes, files, device, batch_size, workers):
+    """Image files → a dict each: image, class, probability, and the probabilities of all classes."""
+    features = encode_images(model, files, device, batch_size, workers, "classifying")
+    with torch.inference_mode():
+        probabilities = model.classify(features.to(device)).softmax(1).cpu()
+    results = []
+    for file, row in zip(files, probabilities, strict=True):
+        best = int(row.argmax())
+        every = {name: round(float(p), 4) for name, p in zip(classes, row, strict=True)}
+        results.append(
+            {"image": str(file), "class": classes[best], "probability": every[classes[best]], "classes": every}
+        )
+    return results
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE-OR-FOLDER")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
+    form.add_argument("--csv", action="store_true", help="print CSV, likewise")
+    args = parser.parse_args()
+    files = []
+    for path in args.images:
+        found = find_images(path) if path.is_dir() else [path] if path.exists() else []
+        if not found:
+            raise UserError(f"there are no images in {path}" if path.is_dir() else f"there is no {path}")
+        files += found
+    device = find_device(args.device)
+    model, _, info = load_run(find_run(args.run), device, args.weights)
+    results = classify(model, info["classes"], files, device, args.batch_size, args.workers)
+
+    if args.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    elif args.csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["image", "class", "probability", *info["classes"]])
+        writer.writerows([r["image"], r["class"], r["probability"], *r["classes"].values()] for r in results)
+    else:
+        table = [("image", "class", "probability", "runner-up")]
+        for r in results:
+            second = sorted(r["classes"], key=r["classes"].get)[-2]
+            table.append((r["image"], r["class"], f"{r['probability']:.3f}", f"{second} {r['classes'][second]:.3f}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    run_script(main)

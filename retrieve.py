@@ -1,0 +1,194 @@
+"""Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
+
+import colorsys
+import json
+import re
+import zlib
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data import load_dataset, load_image, to_rgb
+from errors import UserError, run_script
+from kernels import slerp, top_k
+from runs import (
+    Parser,
+    encode_images,
+    encode_texts,
+    find_device,
+    find_run,
+    fingerprint,
+    load_run,
+    positive_int,
+    read_safetensors,
+    write_safetensors,
+)
+
+
+def index_images(run, model, files, device, batch_size, workers):
+    """Image files → (N, embed_dim) embeddings, kept in the run's index.safetensors: only images that are new, or whose
+    size or time of change differ from the index's, are encoded."""
+    index, key = run / "index.safetensors", fingerprint(model)
+    known = {}
+    if index.exists():
+        try:
+            tensors, info = read_safetensors(index)
+            if info["model"] == key:
+                known = dict(zip(map(tuple, info["images"]), tensors["features"], strict=True))
+        except UserError:
+            pass  # damaged: it is made anew
+    images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    new = [i for i, image in enumerate(images) if image not in known]
+    if new:
+        features = encode_images(model, [files[i] for i in new], device, batch_size, workers, "indexing")
+        known |= {images[i]: row for i, row in zip(new, features, strict=True)}
+        kept = [image for image in known if Path(image[0]).exists()]  # of other galleries, too
+        write_safetensors(index, {"features": torch.stack([known[i] for i in kept])}, {"model": key, "images": kept})
+    return torch.stack([known[image] for image in images])
+
+
+def embed_query(model, tokenizer, text, image, mix, device):
+    """A text, an image file or both → (1, embed_dim). Both are joined on the great circle between them: mix 0 is the
+    image alone, 1 the text alone."""
+    texts = encode_texts(model, tokenizer, [text], device) if text else None
+    images = encode_images(model, [image], device, 1, 0) if image else None
+    if text and image:
+        return slerp(images, texts, mix)
+    return texts if text else images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contact sheet
+
+TILE, GAP, CAPTION, COLUMNS = 224, 16, 84, 5
+BACKGROUND, CARD, WHITE, GREY = "#121417", "#1d2026", "#f2f2f2", "#9aa0a8"
+
+
+def font(size):
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):  # more scripts than Pillow's own font knows
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def fit(draw, text, face, width, lines=1):
+    """Break a text into at most `lines` lines of a width in pixels, and cut what is left."""
+    fitted = []
+    for word in text.split():
+        if fitted and (draw.textlength(f"{fitted[-1]} {word}", face) <= width or len(fitted) == lines):
+            fitted[-1] += f" {word}"
+        else:
+            fitted.append(word)
+    for i, line in enumerate(fitted):
+        while draw.textlength(fitted[i], face) > width:
+            line = line[:-1]
+            fitted[i] = line.rstrip() + "…"
+    return "\n".join(fitted)
+
+
+def class_colour(name):
+    """The same colour for the same class on every sheet."""
+    r, g, b = colorsys.hls_to_rgb(zlib.crc32(name.encode()) % 360 / 360, 0.6, 0.65)
+    return (round(255 * r), round(255 * g), round(255 * b))
+
+
+def thumbnail(file):
+    return ImageOps.pad(to_rgb(load_image(file)), (TILE, TILE), Image.Resampling.LANCZOS, color="black")
+
+
+def contact_sheet(results, text, image):
+    """Results of a search, and its query → a Pillow image: a card for each, with rank, score and class."""
+    columns = min(COLUMNS, len(results))
+    rows = -(-len(results) // columns)
+    columns = max(columns, 3)  # room for the query
+    header = TILE // 2 + 2 * GAP if image else 76
+    width = GAP + columns * (TILE + GAP)
+    sheet = Image.new("RGB", (width, header + rows * (TILE + CAPTION + GAP)), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+
+    left = GAP
+    if image:
+        sheet.paste(thumbnail(image).resize((TILE // 2, TILE // 2), Image.Resampling.LANCZOS), (left, GAP))
+        left += TILE // 2 + GAP
+    title = " + ".join([f"“{text}”"] * bool(text) + [image.name if image else ""] * bool(image))
+    draw.text((left, header / 2 - 14), fit(draw, title, font(24), width - left - GAP), WHITE, font(24), anchor="lm")
+    draw.text((left, header / 2 + 16), f"the {len(results)} nearest images, by cosine", GREY, font(14), anchor="lm")
+
+    for i, result in enumerate(results):
+        x, y = GAP + i % columns * (TILE + GAP), header + i // columns * (TILE + CAPTION + GAP)
+        draw.rectangle((x, y, x + TILE - 1, y + TILE + CAPTION - 1), CARD)
+        sheet.paste(thumbnail(result["image"]), (x, y))
+        name = result["class"] or result["predicted"]
+        colour = class_colour(name)
+        draw.rectangle((x, y + TILE, x + max(0, round((TILE - 1) * result["score"])), y + TILE + 4), colour)
+        draw.text((x + 10, y + TILE + 22), f"{result['rank']}", WHITE, font(18), anchor="lm")
+        draw.text((x + TILE - 10, y + TILE + 22), f"{result['score']:.3f}", WHITE, font(16), anchor="rm")
+        words = re.sub("[_-]+", " ", name) + "?" * (result["class"] is None)  # "?": no label, but a prediction
+        draw.text((x + 10, y + TILE + 40), fit(draw, words, font(15), TILE - 20, lines=2), colour, font(15))
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--text", help="what to look for, in words")
+    parser.add_argument("--image", type=Path, help="what to look for, by example")
+    parser.add_argument("--mix", type=float, default=0.5, help="with both: 0 is the image alone, 1 the text alone")
+    parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the results to this image file")
+    args = parser.parse_args()
+    if not args.text and not args.image:
+        parser.error("say what to look for with --text, --image or both")
+    if not 0 <= args.mix <= 1:
+        parser.error(f"--mix {args.mix} is not between 0 and 1")
+    if args.image and not args.image.is_file():
+        raise UserError(f"there is no {args.image}")
+    if args.sheet and args.sheet.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{args.sheet} is no kind of image file; call it .png")
+
+    device = find_device(args.device)
+    run = find_run(args.run)
+    model, tokenizer, info = load_run(run, device, args.weights)
+    samples = {s.image: s for s in load_dataset(args.data or info["settings"]["data"])}  # an image once
+    if args.image:
+        samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
+    files = list(samples)
+    gallery = index_images(run, model, files, device, args.batch_size, args.workers)
+    query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
+    scores, indices = top_k(query, gallery, args.top)
+    with torch.inference_mode():
+        predicted = model.classify(gallery[indices[0]].to(device)).argmax(1).tolist()
+    results = [
+        {
+            "rank": rank,
+            "score": round(score, 4),
+            "image": str(files[i]),
+            "class": samples[files[i]].label,
+            "predicted": info["classes"][p],
+            "caption": samples[files[i]].caption,
+        }
+        for rank, (score, i, p) in enumerate(
+            zip(scores[0].tolist(), indices[0].tolist(), predicted, strict=True), start=1
+        )
+    ]
+
+    if args.sheet:
+        contact_sheet(results, args.text, args.image).save(args.sheet)
+    if args.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    else:
+        names = [r["class"] or f"{r['predicted']}?" for r in results]
+        width = max(map(len, ["class", *names]))
+        print(f"rank  score  {'class':{width}}  image")
+        for r, name in zip(results, names, strict=True):
+            print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {r['image']}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,109 @@
+"""Download CLIP ViT-B/16: python weights/download.py
+
+Fetches model.safetensors (599 MB) and merges.txt from Hugging Face into weights/clip-vit-b-16. A broken download goes
+on where it stopped, and a file gets its name only when its SHA-256 is right.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+from errors import UserError, run_script
+
+REPOSITORY = "openai/clip-vit-base-patch16"
+FILES = {  # name: (revision, SHA-256)
+    "model.safetensors": ("refs/pr/10", "846bf12e84b91c2a65b44833a915241443b39356f1000ac1345c61d7bf8a209e"),
+    "merges.txt": ("main", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"),
+}
+ATTEMPTS, BLOCK = 5, 2**20
+
+
+def sha256(file):
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def show(name, done, total, start, first):
+    """A progress bar in place, on terminals only."""
+    if not sys.stderr.isatty():
+        return
+    rate = (done - first) / max(1e-6, time.monotonic() - start)
+    left = round((total - done) / max(1, rate))
+    bar = f"▕{'█' * (30 * done // total):30}▏ {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+    line = f"{name} {bar}  {rate / 1e6:.1f} MB/s  {left // 60}:{left % 60:02} left"
+    print(f"\r{line}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def fetch(url, part):
+    """Download to the file `part`, going on at its end where the server can. Raises OSError on a broken connection."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as problem:
+        if problem.code == 416:  # nothing lies beyond what we have: whole, or wrong, as the hash will tell
+            return
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        first = have if response.status == 206 else 0
+        total = first + int(response.headers.get("Content-Length", 0))
+        done, start = first, time.monotonic()
+        while block := response.read(BLOCK):
+            file.write(block)
+            done += len(block)
+            show(part.stem, done, max(done, total), start, first)
+    if done < total:
+        raise ConnectionError(f"the connection closed after {done:,} of {total:,} bytes")
+
+
+def download(url, file, digest):
+    """Download `url` to `file` and check its SHA-256. Raises UserError."""
+    part = file.with_name(file.name + ".part")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            fetch(url, part)
+            break
+        except urllib.error.HTTPError as problem:
+            raise UserError(
+                f"{url} answers {problem.code} {problem.reason}; try later, or another --endpoint"
+            ) from None
+        except (OSError, http.client.HTTPException) as problem:
+            if attempt == ATTEMPTS:
+                raise UserError(f"cannot download {url} ({problem}); run this again to go on") from None
+            print(f"{problem}; trying again", file=sys.stderr)
+            time.sleep(attempt)
+    found = sha256(part)
+    if found != digest:
+        part.unlink()
+        raise UserError(f"{url} has the SHA-256 {found}, not {digest}; it was deleted, run this again")
+    os.replace(part, file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "clip-vit-b-16", help="where to put it")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    parser.add_argument("--endpoint", default=endpoint, help="Hugging Face or a mirror of it")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, (revision, digest) in FILES.items():
+        file = args.folder / name
+        if not (file.exists() and sha256(file) == digest):
+            revision = urllib.parse.quote(revision, safe="")
+            download(f"{args.endpoint}/{REPOSITORY}/resolve/{revision}/{name}", file, digest)
+        print(f"{file}: {file.stat().st_size:,} bytes, SHA-256 as expected")
+
+
+if __name__ == "__main__":
+    run_script(main)
