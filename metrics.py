@@ -15,29 +15,29 @@ def confusion_matrix(labels, predictions, num_classes):
 
 
 def accuracy(confusion):
-    return (confusion.diagonal().sum() / confusion.sum()).item()
+    return confusion.diagonal().sum().item() / confusion.sum().item()
 
 
 def macro_f1(confusion):
     """The mean F1 over the classes that occur among labels or predictions, as scikit-learn defines it."""
     correct, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     occurs = labelled + predicted > 0
-    return (2 * correct / (labelled + predicted).clamp(min=1))[occurs].mean().item()
+    return (2 * correct.double() / (labelled + predicted))[occurs].mean().item()
 
 
 def first_relevant_ranks(queries, gallery, relevant, exclude=None):
     """The rank, from 1 on, of the best-placed relevant gallery item for each query that has one → (≤ Q,) int64.
 
     queries: (Q, D), gallery: (N, D) features, ranked by cosine; relevant: (Q, N) bool; exclude: (Q, N) bool, items not
-    to be ranked (a query image itself). Ties count against us: an irrelevant item with the same score ranks first, so
-    that a model that maps everything to one point scores as badly as it should.
+    to be ranked (a query image itself). Ties, to rounding, count against us: an irrelevant item with the same score
+    ranks first, so that a model that maps everything to one point scores as badly as it should.
     """
     scores = F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
+    irrelevant = ~relevant
     if exclude is not None:
-        scores = scores.masked_fill(exclude, -torch.inf)
-        relevant = relevant & ~exclude
+        relevant, irrelevant = relevant & ~exclude, irrelevant & ~exclude
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
-    ranks = 1 + ((scores >= best) & ~relevant).sum(1)
+    ranks = 1 + (irrelevant & ~(scores < best - 1e-9)).sum(1)
     return ranks[relevant.any(1)]
 
 
@@ -45,6 +45,7 @@ def retrieval_metrics(ranks, ks=(1, 5, 10)):
     """Ranks of the first relevant answers → {"recall@K": …, "mrr": …}; None for each if no query had one."""
     if len(ranks) == 0:
         return {**{f"recall@{k}": None for k in ks}, "mrr": None}
+    ranks = ranks.double()
     return {**{f"recall@{k}": (ranks <= k).double().mean().item() for k in ks}, "mrr": (1 / ranks).mean().item()}
 
 

@@ -100,22 +100,24 @@ class _ContrastiveLoss(torch.autograd.Function):
         return (row_loss + column_loss) / 2
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True; autograd would take our gradient for a constant
+            raise RuntimeError("contrastive_loss can't be differentiated twice; leave create_graph away")
         (x, y, scale, x_labels, y_labels, row_lse, row_weight, row_share, column_lse, column_weight, column_share) = (
             ctx.saved_tensors
         )
         dx, dy = torch.empty_like(x), torch.zeros_like(y)
         half = grad / 2 * scale
-        for rows in _strips(len(x), len(y)):
-            S = (scale * x[rows]) @ y.T
-            G = (S - row_lse[rows, None]).exp_().mul_(row_weight[rows, None])
-            G += S.sub_(column_lse).exp_().mul_(column_weight)
-            share = torch.add(row_share[rows, None], column_share, out=S)
-            G -= share.mul_(x_labels[rows, None] == y_labels)
-            G *= half
-            dx[rows] = G @ y
-            dy.addmm_(G.T, x[rows])
+        with torch.autocast(x.device.type, enabled=False):
+            for rows in _strips(len(x), len(y)):
+                S = (scale * x[rows]) @ y.T
+                G = (S - row_lse[rows, None]).exp_().mul_(row_weight[rows, None])
+                G += S.sub_(column_lse).exp_().mul_(column_weight)
+                share = torch.add(row_share[rows, None], column_share, out=S)
+                G -= share.mul_(x_labels[rows, None] == y_labels)
+                G *= half
+                dx[rows] = G @ y
+                dy.addmm_(G.T, x[rows])
         dscale = (x * dx).sum() / scale
         return dx, dy, dscale, None, None
 
