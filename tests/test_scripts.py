@@ -20,13 +20,14 @@ from errors import run_script
 from model import CLIP, HUGGING_FACE, CLIPConfig, translate
 from tokenizer import Tokenizer, learn_merges, save_merges
 
-SHAPES = {"disc-left": ("left", "red"), "disc-right": ("right", "red"), "field-green": ("all", "green")}
+SHAPES = {"half-left": ("left", "red"), "half-right": ("right", "red"), "field-green": ("all", "green")}
 
 
 def draw(place, colour, rng):
+    """A grey image whose left or right half, or all of it but the rim, has a colour."""
     image = Image.new("RGB", (80, 64), (40 + rng.randrange(20),) * 3)
-    left, right = {"left": (4, 34), "right": (46, 76), "all": (4, 76)}[place]
-    ImageDraw.Draw(image).ellipse((left + rng.randrange(4), 14, right, 50 - rng.randrange(4)), fill=colour)
+    left, right = {"left": (0, 39), "right": (40, 79), "all": (4, 75)}[place]
+    ImageDraw.Draw(image).rectangle((left, rng.randrange(4), right, 63 - rng.randrange(4)), fill=colour)
     return image
 
 
@@ -174,17 +175,19 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
         item for epoch in range(3) for batch in train.training_items(samples, info, epoch, 32, 0) for item in batch
     ]
     assert len(items) == 3 * len(samples)
+    seen, columns = [], torch.arange(32.0)
     for pixels, label, prompt, caption in items:
         assert prompt == f"prompt {label}"
-        half = pixels[:, :16] if "left" in label else pixels[:, 16:]
-        other = pixels[:, 16:] if "left" in label else pixels[:, :16]
-        if "disc" in label:  # red minus green: the disc is where label and caption say it is
-            assert label.removeprefix("disc-") in caption
-            assert (half[..., 0].astype(int) - half[..., 1]).sum() > (other[..., 0].astype(int) - other[..., 1]).sum()
-    one_sided = [s for s in samples if s.label != "disc-right"]
-    info["prompts"] = {name: texts for name, texts in prompts.items() if name != "disc-right"}
+        red = torch.from_numpy(pixels[..., 0].astype(float) - pixels[..., 1]).clamp(min=0).sum(0)  # in each column
+        if "half" in label and red[[0, -1]].max() > 10 * red[[0, -1]].min():
+            side = "left" if (red * columns).sum() / red.sum() < columns.mean() else "right"
+            assert label == f"half-{side}" and side in caption
+            seen.append(label)
+    assert min(seen.count("half-left"), seen.count("half-right")) > 5
+    one_sided = [s for s in samples if s.label != "half-right"]
+    info["prompts"] = {name: texts for name, texts in prompts.items() if name != "half-right"}
     labels = [label for batch in train.training_items(one_sided, info, 0, 32, 0) for _, label, _, _ in batch]
-    assert "disc-right" not in labels
+    assert "half-right" not in labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
 
 
 def test_classify_prints_the_same_as_table_json_and_csv(script, trained, pictures):
-    folder = pictures / "images" / "disc-left"
+    folder = pictures / "images" / "half-left"
     _, out, _ = script(classify, "--run", trained, folder, "--json")
     results = json.loads(out)
     assert [r["image"] for r in results] == [str(folder / f"{i}.png") for i in range(6)]
@@ -202,8 +205,8 @@ def test_classify_prints_the_same_as_table_json_and_csv(script, trained, picture
         assert sum(r["classes"].values()) == pytest.approx(1, abs=1e-3)
     _, out, _ = script(classify, "--run", trained, folder, "--csv")
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert [(r["image"], r["class"], float(r["disc-left"])) for r in rows] == [
-        (r["image"], r["class"], r["classes"]["disc-left"]) for r in results
+    assert [(r["image"], r["class"], float(r["half-left"])) for r in rows] == [
+        (r["image"], r["class"], r["classes"]["half-left"]) for r in results
     ]
     _, out, _ = script(classify, "--run", trained, folder / "0.png")
     assert len(out.splitlines()) == 2 and results[0]["class"] in out
@@ -225,7 +228,7 @@ def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictu
     assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 17  # not the example itself
 
     model, tokenizer, _ = runs.load_run(trained, torch.device("cpu"))
-    text = runs.encode_texts(model, tokenizer, ["a green shape"], "cpu")
+    text = runs.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
     images = runs.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
     assert torch.cosine_similarity(text, images).tolist() == pytest.approx(
         [r["score"] for r in found["text"]], abs=1e-4
@@ -261,12 +264,12 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
     assert count == 9
     again, count = search()
     assert count == 0 and again == first
-    draw("all", "blue", random.Random(1)).save(gallery / "disc-left/1.png")
-    draw("all", "blue", random.Random(1)).save(gallery / "disc-left/new.png")
-    os.utime(gallery / "disc-left/1.png", ns=(1, 1))
+    draw("all", "blue", random.Random(1)).save(gallery / "half-left/1.png")
+    draw("all", "blue", random.Random(1)).save(gallery / "half-left/new.png")
+    os.utime(gallery / "half-left/1.png", ns=(1, 1))
     changed, count = search()
     assert count == 2 and len(changed) == 10
-    (gallery / "disc-left/new.png").unlink()
+    (gallery / "half-left/new.png").unlink()
     assert search()[1] == 0
     (tmp_path / "runs/a/index.safetensors").write_bytes(b"damaged")
     assert search()[1] == 9
@@ -276,12 +279,13 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
 
 def test_the_contact_sheet_shows_every_result(script, trained, pictures, tmp_path):
     sheet = tmp_path / "sheet.png"
-    arguments = ["--text", "red " * 60, "--image", pictures / "images/disc-left/0.png", "--top", 7, "--sheet", sheet]
+    arguments = ["--text", "red " * 60, "--image", pictures / "images/half-left/0.png", "--top", 7, "--sheet", sheet]
     assert script(retrieve, "--run", trained, *arguments)[0] == 0
     image = Image.open(sheet).convert("RGB")
     assert image.width == 5 * (224 + 16) + 16
-    colours = [image.getpixel((16 + i % 5 * 240 + 112, image.height - (2 - i // 5) * 324 + 112)) for i in range(7)]
-    assert all(max(colour) > 50 for colour in colours)
+    cards = [(16 + i % 5 * 240, image.height - (2 - i // 5) * 324) for i in range(10)]
+    ranges = [image.crop((x, y, x + 224, y + 224)).convert("L").getextrema() for x, y in cards]
+    assert all(high - low > 20 for low, high in ranges[:7]) and all(high == low for low, high in ranges[7:])
 
 
 def test_a_folder_without_labels_can_be_searched(script, trained, pictures, tmp_path):
@@ -320,9 +324,9 @@ def test_mistakes_with_data_are_one_line(script, pictures, base, tmp_path):
     assert "'single' has one image" in training(tmp_path / "one")
     (tmp_path / "one/single/1.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")
     assert "1.png" in training(tmp_path / "one")
-    (tmp_path / "prompts.json").write_text('{"dics-left": ["a disc"]}')
-    assert "dics-left" in training(pictures / "images", "--prompts", tmp_path / "prompts.json")
-    rows = [f"{pictures}/images/disc-left/{i}.png,{label},{split}" for i, label, split in
+    (tmp_path / "prompts.json").write_text('{"hlaf-left": ["a half"]}')
+    assert "hlaf-left" in training(pictures / "images", "--prompts", tmp_path / "prompts.json")
+    rows = [f"{pictures}/images/half-left/{i}.png,{label},{split}" for i, label, split in
             ((0, "a", "train"), (1, "b", "train"), (2, "c", "val"))]  # fmt: skip
     (tmp_path / "m.csv").write_text("\n".join(["image,label,split", *rows]))
     assert "labels that train lacks: c" in training(tmp_path / "m.csv")
