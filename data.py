@@ -8,6 +8,7 @@ A data set is one of
 
 import csv
 import json
+import os
 import random
 import re
 from collections import Counter, deque
@@ -91,11 +92,12 @@ def _read_manifest(file):
         raise UserError(f"cannot read the manifest {file}: {problem}") from None
     samples = []
     for number, row in enumerate(rows, start=1):
-        row = {str(key).strip().lower(): str(value).strip() for key, value in row.items() if value not in (None, "")}
+        row = {str(key).strip().lower(): str(value).strip() for key, value in row.items() if value is not None}
+        row = {key: value for key, value in row.items() if value}
         if "image" not in row:
             raise UserError(f"{file}: entry {number} has no image; the columns are image, label, caption, group, split")
         image = file.parent / row["image"]
-        if not image.is_file():
+        if not os.path.isfile(image):  # pathlib's is_file raises where a name is too long
             raise UserError(f"{file}: entry {number} names {image}, which does not exist")
         split = row.get("split")
         if split is not None and split.lower() not in SPLITS:
@@ -120,7 +122,8 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2):
     if unlabelled:
         raise UserError(f"{unlabelled.image} has no label; give a sub-folder for each class, or a manifest with labels")
     if how == "auto":
-        how = next((h for h, key in (("manifest", "split"), ("group", "group")) if getattr(samples[0], key)), "random")
+        has_split, has_group = any(sample.split for sample in samples), any(sample.group for sample in samples)
+        how = "manifest" if has_split else "group" if has_group else "random"
     if how == "manifest":
         splits = _split_by_manifest(samples, seed, fraction)
     elif how == "group":
@@ -129,7 +132,8 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2):
         splits = _split_randomly(samples, seed, fraction)
     classes = {sample.label for sample in splits["train"]}
     if len(classes) < 2:
-        raise UserError(f"there is one class only to train on, {', '.join(classes)!r}; two are needed to tell apart")
+        found = f"one class only, {classes.pop()!r}" if classes else "nothing"
+        raise UserError(f"there is {found} to train on; give images of two classes or more")
     for name in ("val", "test"):
         unknown = sorted({sample.label for sample in splits[name]} - classes)
         if unknown:
@@ -174,8 +178,10 @@ def _split_by_group(samples, seed, fraction):
         raise UserError("not every image has a group; fill the manifest's group column, or use --split random")
     rng, held_out = random.Random(seed), set()
     for members in _by_label(samples).values():
-        groups = sorted({sample.group for sample in members})
+        sizes = Counter(sample.group for sample in members)
+        groups = sorted(sizes)
         rng.shuffle(groups)
+        groups.sort(key=lambda group: max(0, sizes[group] - fraction * len(members)))  # those that fit first, at random
         for group in groups:
             out = [sample for sample in members if sample.group in held_out]
             # A group may hold images of several classes: none of them may lose its last group to train on.
@@ -198,8 +204,9 @@ def load_image(path):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise UserError(f"cannot read the image {path} ({reason}); mend or remove it") from None
-    if image.mode.startswith("I"):  # Pillow would clip at 255: a white image
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits, or 32 that hold them; Pillow would clip at 255: a white image
+        values = np.asarray(image)
+        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
     return image
 
 
@@ -240,18 +247,23 @@ def preprocess(image, size=224):
 # Augmentation
 
 MIRRORED = {"left": "right", "right": "left", "trái": "phải", "phải": "trái"}  # English and Vietnamese
+SIDE = re.compile(rf"(?<![^\W_])({'|'.join(MIRRORED)})(?![^\W_])", re.IGNORECASE)
+CLOCK = re.compile(r"\b\d+(?:\s*(?:[-–,/&]|and|or|to)\s*\d+)*(?=\s*o['’]clock)", re.IGNORECASE)  # "5 to 7 o'clock"
 
 
 def mirror_text(text):
     """Swap left and right in a label or caption, hours of the clock included: what it says of the mirrored image."""
 
-    def swap(match):
+    def swap_side(match):
         word = match[0]
-        other = MIRRORED[word.lower()]
+        other = MIRRORED.get(word.lower(), word)
         return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
-    text = re.sub(rf"(?<![^\W_])({'|'.join(MIRRORED)})(?![^\W_])", swap, text, flags=re.IGNORECASE)
-    return re.sub(r"\b(1[0-2]|[1-9])(?= ?o['’]clock)", lambda hour: str(12 - int(hour[0]) % 12), text)
+    def swap_hour(match):
+        return str(12 - int(match[0]) % 12) if 1 <= int(match[0]) <= 12 else match[0]
+
+    text = SIDE.sub(swap_side, text)
+    return CLOCK.sub(lambda hours: re.sub(r"\d+", swap_hour, hours[0]), text)
 
 
 def augment(image, size, rng, flip):

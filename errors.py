@@ -13,7 +13,7 @@ def run_script(main):
     try:
         main()
     except UserError as mistake:
-        sys.exit(_fail(f"error: {mistake}", status=2))
+        sys.exit(_fail("error: " + " ".join(str(mistake).split()), status=2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", status=130))
 

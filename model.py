@@ -262,13 +262,20 @@ def load_clip(path, dtype=torch.float32):
         if source not in tensors:
             missing.append(source)
             continue
-        tensor = tensors[source]
-        if naming is OPENAI and ".attn.in_proj_" in source and len(tensor) == 3 * len(parameter):
-            tensor = tensor.chunk(3)["qkv".index(name.split("attn.")[1][0])]
-        elif naming is OPENAI and name.endswith(".proj.weight"):
+        tensor, expected = tensors[source], tuple(parameter.shape)
+        stacked = naming is OPENAI and ".attn.in_proj_" in source
+        transposed = naming is OPENAI and name.endswith(".proj.weight")
+        if stacked:
+            expected = (3 * expected[0], *expected[1:])
+        elif transposed:
+            expected = expected[::-1]
+        if tensor.shape != expected:
+            misshaped.append(f"{source} is {tuple(tensor.shape)} instead of {expected}")
+            continue
+        if stacked:
+            tensor = tensor.chunk(3)["qkv".index(name.split(".attn.")[1][0])]
+        elif transposed:
             tensor = tensor.T.contiguous()
-        if tensor.shape != parameter.shape:
-            misshaped.append(f"{source} is {tuple(tensor.shape)} instead of {tuple(parameter.shape)}")
         state[name] = tensor.to(dtype)
     problems = [
         f"{kind}: {', '.join(dict.fromkeys(names))}"
@@ -290,7 +297,7 @@ def _infer_config(tensors, naming, file):
 
     def shape(name, dims):
         source = translate(name, naming)
-        if source not in tensors or tensors[source].dim() != dims:
+        if source not in tensors or tensors[source].dim() != dims or 0 in tensors[source].shape:
             raise UserError(f"{file} is not a CLIP ViT checkpoint: it has no {dims}-dimensional tensor {source}")
         return tensors[source].shape
 
@@ -305,6 +312,8 @@ def _infer_config(tensors, naming, file):
     for width in (vision_width, text_width):
         if width % HEAD_WIDTH:
             raise UserError(f"{file}: width {width} is not a multiple of {HEAD_WIDTH}; this is not a CLIP ViT")
+    if not (grid and layers("visual.blocks") and layers("text.blocks")):
+        raise UserError(f"{file} is not a CLIP ViT checkpoint: it lacks patches or blocks")
     return CLIPConfig(
         embed_dim=projection[1] if naming is OPENAI else projection[0],
         image_size=grid * patch_size,

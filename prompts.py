@@ -97,7 +97,7 @@ def _default(name):
 
 def _read(file):
     try:
-        own = json.loads(Path(file).read_text(encoding="utf-8"))
+        own = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as problem:
         raise UserError(f"cannot read prompts from {file} ({problem}); it should be a JSON object") from None
     ok = isinstance(own, dict) and all(

@@ -81,8 +81,11 @@ class Tokenizer:
         file = next((f for f in candidates if f.is_file()), None)
         if file is None:
             raise UserError(f"no {names[0]} at {path}; `python weights/download.py` fetches CLIP's")
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
-            lines = [line.split() for line in f.read().split("\n")[1:]]  # the first line is a version
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
+                lines = [line.split() for line in f.read().split("\n")[1:]]  # the first line is a version
+        except (OSError, EOFError, UnicodeDecodeError) as problem:
+            raise UserError(f"cannot read the merges {file} ({problem}); download them again") from None
         merges = [tuple(pair) for pair in lines if len(pair) == 2][:CLIP_MERGES]
 
         base = list(BYTE_SYMBOLS.values())

@@ -339,3 +339,30 @@ def test_every_misfit_is_named_as_the_file_names_it(tmp_path, checkpoint):
     assert set(named["missing"].split(", ")) == set(missing)
     assert set(named["unexpected"].split(", ")) == set(unexpected)
     assert set(re.findall(r"([\w.]+) is \(", named["mis-shaped"])) == set(misshaped)
+
+
+def test_a_misfits_shapes_are_those_in_the_file(tmp_path, checkpoint):
+    if "visual.proj" in checkpoint:
+        checkpoint["visual.proj"] = torch.zeros(3, 5)
+        checkpoint["visual.transformer.resblocks.0.attn.in_proj_bias"] = torch.tensor(1.0)
+        says = ["visual.proj is (3, 5) instead of (128, 48)", "attn.in_proj_bias is () instead of (384,)"]
+    else:
+        checkpoint["visual_projection.weight"] = torch.zeros(3, 5)
+        says = ["visual_projection.weight is (3, 5) instead of (48, 128)"]
+    save_file(checkpoint, tmp_path / "model.safetensors")
+    message = loading_error(tmp_path)
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("empty", ["patches", "blocks", "patch"])
+def test_a_tower_of_nothing_is_not_a_clip(tmp_path, checkpoint, empty):
+    tower = "visual" if "visual.proj" in checkpoint else "vision_model"
+    for name in list(checkpoint):
+        if empty == "blocks" and name.startswith(tower) and re.search(r"\.(resblocks|layers)\.", name):
+            del checkpoint[name]
+        elif empty == "patches" and name.startswith(tower) and "position" in name:
+            checkpoint[name] = checkpoint[name][:1]
+        elif empty == "patch" and re.search(r"visual\.conv1|patch_embedding", name):
+            checkpoint[name] = torch.zeros(128, 3, 0, 0)
+    save_file(checkpoint, tmp_path / "model.safetensors")
+    assert "is not a CLIP ViT checkpoint" in loading_error(tmp_path)

@@ -56,7 +56,7 @@ def padded(ids, length=77):
 def same_in_both(text):
     """OpenAI's tokenizer mends Unicode and undoes HTML escapes, transformers' does not. They also disagree on
     - lower-casing: Python knows the final sigma, Rust goes character by character;
-    - ſ and the iota below: OpenAI's pattern ignores case, so that they match 's and \\p{L}."""
+    - ſ and U+0345: OpenAI's pattern ignores case, so that 'ſ is an 's, and the other is passed over."""
     untouched = ftfy.fix_text(text) == text and html.unescape(text) == text
     return untouched and "".join(c.lower() for c in text) == text.lower() and not {"ſ", "\u0345"} & set(text)
 
@@ -169,6 +169,10 @@ def test_known_ids(clip, theirs, text, ids):
 )
 def test_broken_and_escaped_text_is_mended(clip, text, mended):
     assert clip.encode(text) == clip.encode(mended)
+
+
+def test_words_are_told_apart_without_regard_to_case(clip):
+    assert clip.decode(clip.encode("it'ſ")) == "it 'ſ"  # ſ is an old s
 
 
 def test_text_is_unescaped_twice_not_more(clip):
