@@ -54,7 +54,7 @@ from runs import (
 )
 
 # Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one.
-DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 150)}
+DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120)}
 
 
 def parse_arguments():
@@ -71,7 +71,7 @@ def parse_arguments():
 
     add = parser.add_argument_group("training").add_argument
     add("--resume", action="store_true", help="go on with --run, by default the newest run; its settings are kept")
-    add("--epochs", type=positive_int, help="default: 20, from scratch 150")
+    add("--epochs", type=positive_int, help="default: 20, from scratch 120")
     add("--lr", type=float, help="peak learning rate; default: 5e-4 for adapters, 1e-5 with --full, 1e-3 from scratch")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices")
     add("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate grows")
