@@ -13,11 +13,8 @@ def run_script(main):
     try:
         main()
     except UserError as mistake:
-        sys.exit(_fail("error: " + " ".join(str(mistake).split()), status=2))
+        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", status=130))
-
-
-def _fail(line, status):
-    print(line, file=sys.stderr)
-    return status
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

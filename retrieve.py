@@ -151,6 +151,8 @@ def main():
         raise UserError(f"there is no {args.image}")
     if args.sheet and args.sheet.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"{args.sheet} is no kind of image file; call it .png")
+    if args.sheet and not args.sheet.parent.is_dir():
+        raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to")
 
     device = find_device(args.device)
     run = find_run(args.run)

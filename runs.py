@@ -41,7 +41,6 @@ SCRATCH = CLIPConfig(
     patch_size=16,
     vision_width=128,
     vision_layers=8,
-    context_length=77,
     text_width=128,
     text_layers=4,
 )
@@ -51,11 +50,18 @@ SCRATCH = CLIPConfig(
 # The command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Name the defaults, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with the flags that all scripts share, whose errors are one line, as all our errors are."""
 
     def __init__(self, description, run_help="a fine-tuned model's folder (default: the newest in runs/)"):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=Help)
         self.add_argument("--data", help="images: a folder with a sub-folder for each class, or a .csv/.jsonl manifest")
         self.add_argument("--weights", help="base model: clip-vit-b-16, scratch, or a path to CLIP weights")
         self.add_argument("--run", type=Path, help=run_help)
@@ -103,13 +109,15 @@ class Progress:
         self.total, self.file, self.start = total, file, time.monotonic()
         self.last = self.start
 
-    def __call__(self, done, text):
+    def __call__(self, done, text, loss=None):
+        """loss: a scalar tensor; on a GPU it is waited for only when the line is due."""
         now = time.monotonic()
         if now - self.last < 1:
             return
         self.last = now
         rate = done / (now - self.start)
         left = round((self.total - done) / rate)
+        text += "" if loss is None else f"  loss {loss:.3f}"
         line = f"{text}  {done / self.total:4.0%}  {rate:,.0f} images/s  {left // 60}:{left % 60:02} left"
         tty = self.file.isatty()
         print(f"\r{line}\x1b[K" if tty else line, end="\r" if tty else "\n", file=self.file, flush=True)

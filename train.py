@@ -67,6 +67,7 @@ def parse_arguments():
                 raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(allowed)}, like {allowed[0]}")
             return items
 
+        parse.__name__ = "list"  # as argparse's messages call it
         return parse
 
     add = parser.add_argument_group("training").add_argument
@@ -349,7 +350,7 @@ def main():
             loss = joint_loss(model, tokenizer, items, info, device)
             optimization.step(loss, step)
             seen, total_loss = seen + len(items), total_loss + loss.detach() * len(items)
-            progress(seen, f"epoch {epoch}/{settings['epochs']}  loss {loss:.3f}")
+            progress(seen, f"epoch {epoch}/{settings['epochs']}", loss.detach())
         mean_loss = float(total_loss / seen)
         if not math.isfinite(mean_loss):
             raise UserError(f"the loss is {mean_loss} in epoch {epoch}; train again with a smaller --lr")
