@@ -3,7 +3,8 @@
 A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
-    group (a patient, say: images of one group stay on one side of a split) and split (train, val or test).
+    group (a patient, say: images of one group stay on one side of a split) and split (train, val or test);
+  - the ENTRep challenge's folder, told by its cls.json and data.json.
 """
 
 import csv
@@ -21,6 +22,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from errors import UserError
+from prompts import ENTREP
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -45,7 +47,7 @@ def load_dataset(path):
     """Folder or manifest → list of Sample, in a fixed order. Raises UserError where there is nothing to read."""
     path = Path(path)
     if path.is_dir():
-        samples = _read_folder(path)
+        samples = _read_entrep(path) or _read_folder(path)
     elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
         samples = _read_manifest(path)
     elif path.exists():
@@ -59,10 +61,14 @@ def load_dataset(path):
 
 def find_images(folder):
     """All image files below a folder, sorted; hidden files and the debris of macOS archives are passed over."""
+    return _find(folder, lambda file: file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _find(folder, wanted):
     return sorted(
         file
         for file in Path(folder).rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES
+        if wanted(file)
         and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
         and file.is_file()
     )
@@ -104,6 +110,43 @@ def _read_manifest(file):
             raise UserError(f"{file}: entry {number} has the split {split!r}; use train, val or test")
         split = split and SPLITS[split.lower()]
         samples.append(Sample(image, row.get("label"), row.get("caption"), row.get("group"), split))
+    return samples
+
+
+def _read_entrep(root):
+    """The ENTRep layout as the challenge's participants describe it → samples, [] if `root` is not one.
+
+    train/cls.json {image: class name or number} with train/t2i.json {description: image} beside it, and
+    public/data.json, a list of {"Path", "Classification", "DescriptionEN", "Description"}. Image names are matched
+    without regard to case, at any depth below the JSON file's folder. The test images have no labels and are left out.
+    """
+    samples = []
+    for index in _find(root, lambda file: file.name in ("cls.json", "data.json")):
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8-sig"))
+            if index.name == "data.json":
+                rows = [
+                    (row["Path"], row["Classification"], row.get("DescriptionEN") or row.get("Description") or None)
+                    for row in entries
+                ]
+            else:
+                t2i = index.with_name("t2i.json")
+                described = json.loads(t2i.read_text(encoding="utf-8-sig")) if t2i.is_file() else {}
+                captions = {image: text for text, image in described.items()}
+                rows = [(image, label, captions.get(image)) for image, label in entries.items()]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+            raise UserError(f"{index} is not as ENTRep's is ({type(problem).__name__}: {problem})") from None
+        files = {file.name.lower(): file for file in find_images(index.parent)}
+        names = list(ENTREP)
+        for image, label, caption in rows:
+            name = Path(image).name
+            if name.lower() not in files:
+                raise UserError(f"{index} names {name}, which is not in {index.parent}")
+            if str(label).isdigit() and int(label) < len(names):
+                label = names[int(label)]
+            if label not in names:
+                raise UserError(f"{index} gives {name} the unknown label {label!r}; known are {', '.join(names)}")
+            samples.append(Sample(files[name.lower()], label, caption))
     return samples
 
 

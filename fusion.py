@@ -15,8 +15,7 @@ with e the last level's embedding, which is exactly CLIP's own, and l running ov
     gate     e + Σ gₗ ⊙ eₗ               gₗ a vector of embed_dim gates, starting at 0
     slerp    ê, then towards each eₗ     fold along great circles by a trained fraction tₗ each, starting at 0
     concat   e + V [c₃; c₆; c₉]          LayerNormed tokens side by side, V starting at 0
-    mean     average of the unit eₗ      nothing new to train; does not start as CLIP
-    none     e                           the last level only: CLIP
+    mean     average of the unit eₗ      nothing new but the LayerNorms; does not start as CLIP
 
 Every new path but `mean` starts at zero, so an untrained model still answers zero-shot as CLIP does.
 
@@ -30,7 +29,7 @@ from torch import nn
 from kernels import slerp
 from model import CLIP, CLIPConfig
 
-MODES = ("gate", "slerp", "concat", "mean", "none")
+MODES = ("gate", "slerp", "concat", "mean")
 
 
 def default_levels(layers):
@@ -50,7 +49,7 @@ class MultiLevelFusion(nn.Module):
         if any(not 1 <= level <= last for level in levels):
             raise ValueError(f"levels {list(levels)} are not all between 1 and {last}, the number of blocks")
         self.mode = mode
-        self.levels = [last] if mode == "none" else sorted({*levels, last})
+        self.levels = sorted({*levels, last})
         self.norms = nn.ModuleList(nn.LayerNorm(visual.ln_post.normalized_shape) for _ in self.levels)
         for norm in self.norms:
             norm.load_state_dict(visual.ln_post.state_dict())
@@ -84,18 +83,21 @@ class MultiLevelFusion(nn.Module):
 class FusedCLIP(nn.Module):
     """CLIP with multi-level fusion in its image tower and a cosine classifier on top: the model that is fine-tuned.
 
-    `head` is a matrix with a row for each class, to be started as the mean text embedding of the class's prompts
-    (`set_head`): the untrained classifier is then CLIP's zero-shot classifier.
+    mode: of MODES, or "none" for CLIP's own image embedding. `head`: a row for each class, to be started as the mean
+    text embedding of the class's prompts (`set_head`), so that the untrained classifier is CLIP's zero-shot classifier.
     """
 
     def __init__(self, clip: CLIP, num_classes, mode="gate", levels=None):
         super().__init__()
         self.clip = clip
-        self.fusion = MultiLevelFusion(clip.visual, levels or default_levels(len(clip.visual.blocks)), mode)
+        levels = levels or default_levels(len(clip.visual.blocks))
+        self.fusion = None if mode == "none" else MultiLevelFusion(clip.visual, levels, mode)
         self.head = nn.Parameter(torch.zeros(num_classes, clip.config.embed_dim))
 
     def encode_image(self, pixels):
         """(B, 3, H, W) → (B, embed_dim), the fused embedding, not of unit length."""
+        if self.fusion is None:
+            return self.clip.encode_image(pixels)
         return self.fusion(self.clip.visual(pixels), self.clip.visual.proj)
 
     def encode_text(self, tokens):

@@ -23,7 +23,8 @@ TEMPLATES = (
 )
 
 # The patient's right side is on the left of the picture: the septum of the right nasal cavity lies on the picture's
-# right. The eardrum's cone of light points forwards and down: to 5 o'clock in a right ear, to 7 in a left one.
+# right. The eardrum's cone of light points forwards and down: to 5 o'clock in a right ear, to 7 in a left one. The
+# classes are in the order of the challenge's numbers, 0 to 6.
 ENTREP = {
     "nose-right": (
         "nasal endoscopy of the right nasal cavity",

@@ -88,7 +88,7 @@ def parse_arguments():
     add("--lora-projections", type=listed(*PROJECTIONS), default=projections, help=f"of {','.join(PROJECTIONS)}")
     add("--lora-blocks", type=listed(), help="block numbers from 1 on, like 9,10,11,12; default: all")
     add("--lora-towers", type=listed(*TOWERS), default=list(TOWERS), help=f"of {','.join(TOWERS)}")
-    add("--fusion", choices=MODES, default="gate", help="how levels are fused, see fusion.py")
+    add("--fusion", choices=(*MODES, "none"), default="gate", help="how levels are fused, see fusion.py")
     add("--levels", type=listed(), help="blocks whose CLS tokens are fused; default: at the quarters of the depth")
     add("--slerp", type=float, default=0.5, help="probability of mixing an embedding with another of its class")
     add("--contrastive", type=float, default=0.5, help="weight λ of the contrastive loss")
@@ -273,7 +273,7 @@ def main():
         run = find_run(args.run, "last.safetensors")
         last, info = read_safetensors(run / "last.safetensors")
         settings = info["settings"]
-        if info["epoch"] == settings["epochs"]:
+        if (run / "metrics.json").exists():
             raise UserError(f"{run} is finished, there is nothing to resume; train a new one without --resume")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")

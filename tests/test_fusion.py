@@ -56,7 +56,6 @@ def formula(mode, levels, cls, projection, new):
             angle = (a * b).sum(1, keepdim=True).acos()
             a = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
         return a
-    return last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ def test_untrained_fusion_is_clip_at_full_size(vit_b16):
     visual = load_clip(vit_b16.folder).visual
     cls = visual(random_pixels(vit_b16.config, batch=2))
     own = visual.project(cls[:, -1])
-    for mode in ("gate", "concat", "none"):
+    for mode in ("gate", "concat"):
         assert torch.equal(MultiLevelFusion(visual, (3, 6, 9, 12), mode)(cls, visual.proj), own)
     assert (MultiLevelFusion(visual, (3, 6, 9, 12), "slerp")(cls, visual.proj) - unit(own)).abs().max() < 1e-6
 
@@ -93,7 +92,6 @@ def test_every_mode_computes_its_formula(small, mode, levels, used):
     model, pixels = fused_clip(small, mode, levels), random_pixels(small.config)
     for parameter in model.fusion.parameters():
         parameter.add_(torch.rand_like(parameter))
-    used = [5] if mode == "none" else used
     assert list(model.fusion.levels) == used
 
     hidden = small.model.vision_model(pixels, output_hidden_states=True).hidden_states
@@ -126,7 +124,7 @@ def test_default_levels_are_the_quarters_of_the_depth(layers, levels):
 
 
 def test_an_unknown_mode_is_refused(small):
-    with pytest.raises(ValueError, match=r"'max'.*gate, slerp, concat, mean, none"):
+    with pytest.raises(ValueError, match=r"'max'.*gate, slerp, concat, mean"):
         fused_clip(small, "max")
 
 

@@ -120,7 +120,7 @@ def test_only_the_adapters_and_new_parts_change(trained, base, pictures):
         assert torch.equal(tensor, after) != (adapted or name == "logit_scale"), name
 
 
-@pytest.mark.parametrize("extra", [[], ["--split", "random", "--full", "--fusion", "slerp"]])
+@pytest.mark.parametrize("extra", [[], ["--split", "random", "--full", "--fusion", "none"], ["--fusion", "slerp"]])
 def test_an_interrupted_training_ends_with_the_same_bits(script, pictures, base, tmp_path, monkeypatch, extra):
     arguments = ["--data", pictures / "manifest.csv", "--weights", base, "--epochs", 3, "--batch-size", 5, *extra]
     assert script(train, *arguments, "--run", tmp_path / "whole")[0] == 0
