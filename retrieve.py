@@ -121,13 +121,13 @@ def contact_sheet(results, text, image):
         x, y = GAP + i % columns * (TILE + GAP), header + i // columns * (TILE + CAPTION + GAP)
         draw.rectangle((x, y, x + TILE - 1, y + TILE + CAPTION - 1), CARD)
         sheet.paste(thumbnail(result["image"]), (x, y))
-        name = result["class"] or result["predicted"]
+        name = re.sub("[_-]+", " ", result["class"] or result["predicted"])
         colour = class_colour(name)
         draw.rectangle((x, y + TILE, x + max(0, round((TILE - 1) * result["score"])), y + TILE + 4), colour)
         draw.text((x + 10, y + TILE + 22), f"{result['rank']}", WHITE, font(18), anchor="lm")
         draw.text((x + TILE - 10, y + TILE + 22), f"{result['score']:.3f}", WHITE, font(16), anchor="rm")
-        words = re.sub("[_-]+", " ", name) + "?" * (result["class"] is None)  # "?": no label, but a prediction
-        draw.text((x + 10, y + TILE + 40), fit(draw, words, font(15), TILE - 20, lines=2), colour, font(15))
+        name += "?" * (result["class"] is None)  # no label, but a prediction
+        draw.text((x + 10, y + TILE + 40), fit(draw, name, font(15), TILE - 20, lines=2), colour, font(15))
     return sheet
 
 
