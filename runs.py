@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, run_help="a fine-tuned model's folder (default: the newest in runs/)"):
         super().__init__(description=description, formatter_class=Help)
-        self.add_argument("--data", help="images: a folder with a sub-folder for each class, or a .csv/.jsonl manifest")
+        self.add_argument("--data", help="images: a folder with a sub-folder for each class, a manifest, or ENTRep")
         self.add_argument("--weights", help="base model: clip-vit-b-16, scratch, or a path to CLIP weights")
         self.add_argument("--run", type=Path, help=run_help)
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -118,7 +118,7 @@ class Progress:
         rate = done / (now - self.start)
         left = round((self.total - done) / rate)
         text += "" if loss is None else f"  loss {loss:.3f}"
-        line = f"{text}  {done / self.total:4.0%}  {rate:,.0f} images/s  {left // 60}:{left % 60:02} left"
+        line = f"{text}  {done / self.total:4.0%}  {rate:.1f} images/s  {left // 60}:{left % 60:02} left"
         tty = self.file.isatty()
         print(f"\r{line}\x1b[K" if tty else line, end="\r" if tty else "\n", file=self.file, flush=True)
 

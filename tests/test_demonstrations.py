@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
         ("prompts.py", "vocal fold polyp"),
         ("data.py", "mirrored"),
         ("metrics.py", "macro-F1"),
+        ("phantom.py", "right ear"),
         ("kernels/reference.py", "slerp"),
     ],
 )
