@@ -44,7 +44,7 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
     scale: s = exp(logit_scale), a number or a scalar tensor, which then gets a gradient.
     image_labels: (N,), text_labels: (M,) integers; equal ones are positives. Without them image i belongs to text i.
     Returns a scalar; rows and columns without a positive do not count, and the loss is 0 if there are none with one.
-    Memory beyond the inputs and their gradients grows as N + M, not N·M. Not differentiable twice.
+    Memory grows with the inputs, (N + M)·D, not as N·M. Not differentiable twice.
     Raises ValueError where the shapes or the labels do not fit together.
     """
     if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
@@ -147,8 +147,9 @@ OPPOSITE = 1e-3  # radians short of π; closer, float32 can't tell the great cir
 def slerp(a, b, t):
     """Interpolate along the great circle from a to b: (N, D), (N, D), t a number, a scalar or (N,) → (N, D).
 
-    t = 0 gives a / ‖a‖, t = 1 gives b / ‖b‖ (for opposite vectors, the end of the half circle). The result has unit
-    length; where a vector is zero and has no direction, its term is zero. Differentiable in a, b and t.
+    t = 0 gives a / ‖a‖, t = 1 gives b / ‖b‖ (for nearly opposite vectors, the end of a half circle). The result has
+    unit length, to rounding / (π − θ); where a vector is zero and has no direction, its term is zero. Differentiable in
+    a, b and t. Raises ValueError where the shapes do not fit.
     Source: Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985).
     """
     if a.dim() != 2 or a.shape != b.shape:
@@ -190,7 +191,8 @@ def top_k(queries, gallery, k):
     """
     queries, gallery = unit(at_least_float32(queries)), unit(at_least_float32(gallery))
     k = min(k, len(gallery))
-    strips = [(queries[rows] @ gallery.T).topk(k) for rows in _strips(len(queries), len(gallery))]
+    with torch.autocast(queries.device.type, enabled=False):
+        strips = [(queries[rows] @ gallery.T).topk(k) for rows in _strips(len(queries), len(gallery))]
     if not strips:
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device)
     return torch.cat([values for values, _ in strips]), torch.cat([indices for _, indices in strips])
