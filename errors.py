@@ -1,5 +1,6 @@
 """What a user's mistake looks like: one line that says what to do, exit status 2, never a traceback."""
 
+import os
 import sys
 
 
@@ -12,6 +13,10 @@ def run_script(main):
     ours and keeps its traceback."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as mistake:
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)
         sys.exit(2)
