@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from data import load_image, normalize, prefetch, resize_and_crop
 from errors import UserError
-from fusion import FusedCLIP, default_levels
+from fusion import FusedCLIP
 from lora import add_lora, merge_lora
 from model import CLIP, CLIPConfig, load_clip
 from tokenizer import Tokenizer, learn_merges, save_merges
@@ -165,8 +165,8 @@ def assemble(clip, settings, num_classes):
             keys = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
             if not add_lora(clip, *(settings[f"lora_{key}"] for key in keys)):
                 raise UserError(f"--lora-blocks: the base model has no such block; it has {len(clip.visual.blocks)}")
-    levels = settings["levels"] or default_levels(len(clip.visual.blocks))
-    if max(levels) > len(clip.visual.blocks):
+    levels = settings["levels"]
+    if levels and max(levels) > len(clip.visual.blocks):
         raise UserError(f"--levels: the base model has {len(clip.visual.blocks)} blocks, not {max(levels)}")
     return FusedCLIP(clip, num_classes, settings["fusion"], levels)
 
