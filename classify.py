@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data import find_images
+from data import find_images, load_dataset
 from errors import UserError, run_script
 from runs import Parser, encode_images, find_device, find_run, load_run
 
@@ -29,7 +29,7 @@ def classify(model, classes, files, device, batch_size, workers):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE-OR-FOLDER")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="print CSV, likewise")
@@ -42,6 +42,7 @@ def main():
         files += found
     device = find_device(args.device)
     model, _, info = load_run(find_run(args.run), device, args.weights)
+    files = files or list(dict.fromkeys(s.image for s in load_dataset(args.data or info["settings"]["data"])))
     results = classify(model, info["classes"], files, device, args.batch_size, args.workers)
 
     if args.json:

@@ -4,7 +4,8 @@ A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
     group (a patient, say: images of one group stay on one side of a split) and split (train, val or test);
-  - the ENTRep challenge's folder, told by its cls.json and data.json.
+  - the ENTRep challenge's folder, told by its cls.json and data.json;
+  - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
 """
 
 import csv
@@ -22,6 +23,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from errors import UserError
+from phantom import default_dataset
 from prompts import ENTREP
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -44,8 +46,8 @@ class Sample:
 
 
 def load_dataset(path):
-    """Folder or manifest → list of Sample, in a fixed order. Raises UserError where there is nothing to read."""
-    path = Path(path)
+    """Folder, manifest or "phantom" → list of Sample, in a fixed order. Raises UserError where there is none."""
+    path = default_dataset() if str(path) == "phantom" else Path(path)
     if path.is_dir():
         samples = _read_entrep(path) or _read_folder(path)
     elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():

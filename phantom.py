@@ -11,13 +11,15 @@ where it faces a lamp. Last comes the device (`record`): chip, colour, vignette,
 Coordinates: x to the right, y down; the field of view is about the unit circle. Sites that have a side are drawn as the
 patient's right one. For a left one the x axis is mirrored: a left picture is a right one in a mirror.
 
-    python phantom.py entrep-phantom --count 700 --scope B      # writes a data set in the ENTRep layout
+    python phantom.py entrep-phantom --count 1400 --scope B      # writes a data set in the ENTRep layout
 """
 
 import argparse
 import csv
 import io
 import json
+import shutil
+import sys
 from dataclasses import dataclass
 from math import cos, pi, radians, sin
 from pathlib import Path
@@ -388,6 +390,7 @@ def draw_throat(c, rng, found):
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and data sets
 
+COUNT = 1400  # as many as the images ENTRep has to train on
 TEST_START = 1_000_000  # the number of the first test image, far from those of train and public
 
 
@@ -414,7 +417,7 @@ def phantom(i, scope="B", seed=0):
     return image, label, caption
 
 
-def write_dataset(folder, count=700, scope="B", seed=0):
+def write_dataset(folder, count=COUNT, scope="B", seed=0):
     """Write phantoms in the layout of the ENTRep challenge as `data.py` reads it, quirks included.
 
     Of `count` images every fourth goes to train, the others to public; a tenth as many more are the test part. Raises
@@ -475,10 +478,24 @@ def _write_test(folder, numbers, scope, seed):
             csv.writer(file).writerows([query] for query in queries)
 
 
+DEFAULT = Path(__file__).parent / "phantoms"
+
+
+def default_dataset():
+    """The folder of the data set that `--data phantom` means, drawn at the first use: scope B."""
+    if not DEFAULT.exists():
+        print(f"drawing {COUNT:,} ENT phantoms into {DEFAULT}, once", file=sys.stderr, flush=True)
+        unfinished = DEFAULT.with_suffix(".tmp")  # an interruption must not leave half a data set
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_dataset(unfinished)
+        unfinished.rename(DEFAULT)
+    return DEFAULT
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draw ENT phantoms: a data set in the ENTRep layout.")
     parser.add_argument("folder", nargs="?", help="where to write; without it, some captions are printed")
-    parser.add_argument("--count", type=int, default=700, help="images of train and public together")
+    parser.add_argument("--count", type=int, default=COUNT, help="images of train and public together")
     parser.add_argument("--scope", choices=list(SCOPES), default="B")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -60,10 +60,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser with the flags that all scripts share, whose errors are one line, as all our errors are."""
 
-    def __init__(self, description, run_help="a fine-tuned model's folder (default: the newest in runs/)"):
+    def __init__(
+        self,
+        description,
+        data_help="images, as train.py takes them (default: those that the run was trained with)",
+        run_help="a fine-tuned model's folder (default: the newest in runs/)",
+    ):
         super().__init__(description=description, formatter_class=Help)
-        self.add_argument("--data", help="images: a folder with a sub-folder for each class, a manifest, or ENTRep")
-        self.add_argument("--weights", help="base model: clip-vit-b-16, scratch, or a path to CLIP weights")
+        self.add_argument("--data", help=data_help)
+        self.add_argument("--weights", help="base model: clip-vit-b-16, phantom, or a path to CLIP weights")
         self.add_argument("--run", type=Path, help=run_help)
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
         self.add_argument("--seed", type=int, default=0, help="fixes the split and everything random")
@@ -130,7 +135,7 @@ class Progress:
 def base_folder(weights):
     """The --weights flag → where the base model is: a name is a folder of weights/, anything else a path."""
     named = WEIGHTS / weights
-    return named if named.is_dir() or weights == "clip-vit-b-16" else Path(weights)
+    return named if weights in ("phantom", "clip-vit-b-16") else Path(weights)
 
 
 def load_base(weights):
@@ -211,10 +216,10 @@ def find_run(run, file="adapter.safetensors"):
     if run is None:
         runs = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
         if not runs:
-            raise UserError(f"there is no run in {RUNS}/; train one with `python train.py --data …`, or give its --run")
+            raise UserError(f"there is no run in {RUNS}/; train one with `python train.py`, or give its --run")
         return runs[-1].parent
     if not (run / file).is_file():
-        raise UserError(f"there is no {file} in {run}; train one with `python train.py --data … --run {run}`")
+        raise UserError(f"there is no {file} in {run}; train one with `python train.py --run {run}`")
     return run
 
 

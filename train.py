@@ -1,5 +1,6 @@
 """Fine-tune CLIP on your images: python train.py --data path
 
+Without --data it adapts the small model of weights/phantom to synthetic images (phantom.py).
 Multi-level CLS fusion and low-rank adapters are trained by classification and contrastive learning together:
 
     z  = fused embedding of an augmented image
@@ -53,12 +54,17 @@ from runs import (
     write_safetensors,
 )
 
-# Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one.
-DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120)}
+# Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one;
+# adapters of the small model on phantoms.
+DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120), "phantom": (2e-3, 8)}
 
 
 def parse_arguments():
-    parser = Parser(__doc__.splitlines()[0], run_help="the folder to train into (default: a new one in runs/)")
+    parser = Parser(
+        __doc__.splitlines()[0],
+        data_help="a folder with a sub-folder for each class, a manifest, ENTRep, or phantom (the default)",
+        run_help="the folder to train into (default: a new one in runs/)",
+    )
 
     def listed(*allowed):
         def parse(text):
@@ -70,6 +76,9 @@ def parse_arguments():
         parse.__name__ = "list"  # as argparse's messages call it
         return parse
 
+    flip_help = (
+        "mirror images and swap left and right in their texts; don't; or mirror and swap nothing, which is wrong"
+    )
     add = parser.add_argument_group("training").add_argument
     add("--resume", action="store_true", help="go on with --run, by default the newest run; its settings are kept")
     add("--epochs", type=positive_int, help="default: 20, from scratch 120")
@@ -78,12 +87,12 @@ def parse_arguments():
     add("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate grows")
     add("--split", choices=("auto", "random", "group", "manifest"), default="auto", help="how to hold out, see data.py")
     add("--prompts", type=Path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
-    add("--flip", choices=("swap", "none"), default="swap", help="mirror images, with left and right swapped, or not")
+    add("--flip", choices=("swap", "none", "naive"), default="swap", help=flip_help)
     add = parser.add_argument_group("method").add_argument
     add("--full", action="store_true", help="train every weight instead of adapters")
     add("--lora-rank", type=int, default=8, help="0: no adapters")
     add("--lora-alpha", type=float, default=16.0, help="the adapters' output is scaled by alpha / rank")
-    add("--lora-dropout", type=float, default=0.1, help="on the adapters' input")
+    add("--lora-dropout", type=float, default=0.0, help="on the adapters' input")
     projections = ["q", "k", "v", "out"]
     add("--lora-projections", type=listed(*PROJECTIONS), default=projections, help=f"of {','.join(PROJECTIONS)}")
     add("--lora-blocks", type=listed(), help="block numbers from 1 on, like 9,10,11,12; default: all")
@@ -92,16 +101,15 @@ def parse_arguments():
     add("--levels", type=listed(), help="blocks whose CLS tokens are fused; default: at the quarters of the depth")
     add("--slerp", type=float, default=0.5, help="probability of mixing an embedding with another of its class")
     add("--contrastive", type=float, default=0.5, help="weight λ of the contrastive loss")
-    parser.set_defaults(weights="clip-vit-b-16")
     args = parser.parse_args()
-    if not args.data and not args.resume:
-        parser.error("give your images with --data")
 
+    args.data = "phantom" if args.data in (None, "phantom") else str(Path(args.data).resolve())
+    args.weights = args.weights or ("phantom" if args.data == "phantom" else "clip-vit-b-16")
     scratch = args.weights == "scratch"
     args.full = args.full or scratch
-    lr, epochs = DEFAULTS["scratch" if scratch else "full" if args.full else "adapters"]
+    small = args.data == args.weights == "phantom"
+    lr, epochs = DEFAULTS["scratch" if scratch else "full" if args.full else "phantom" if small else "adapters"]
     args.lr, args.epochs = args.lr or lr, args.epochs or epochs
-    args.data = args.data and str(Path(args.data).resolve())
     if not scratch and base_folder(args.weights) == Path(args.weights):  # a path, not a name
         args.weights = str(Path(args.weights).resolve())
     return args
@@ -118,14 +126,15 @@ def training_items(samples, info, epoch, size, workers):
     before it, and whatever the number of workers.
     """
     settings, prompts = info["settings"], info["prompts"]
+    naive = settings["flip"] == "naive"
 
     def item(index):
         rng = random.Random(f"{settings['seed']} {epoch} {index}")
         sample = samples[index]
         label, caption = sample.label, sample.caption
         # Left and right are classes: the mirror image of a left ear is a right one. Where it has no class, don't flip.
-        flip = settings["flip"] == "swap" and mirror_text(label) in prompts and rng.random() < 0.5
-        if flip:
+        flip = settings["flip"] != "none" and (naive or mirror_text(label) in prompts) and rng.random() < 0.5
+        if flip and not naive:
             label, caption = mirror_text(label), caption and mirror_text(caption)
         pixels = augment(load_image(sample.image), size, rng, flip)
         return pixels, label, rng.choice(prompts[label]), caption
@@ -210,11 +219,11 @@ class Optimization:
 
 
 def evaluate(model, tokenizer, samples, info, device, workers):
-    """Classify and search held-out samples → {"accuracy", "macro_f1", "i2i_recall@1", …, "t2i_mrr"}; with captions also
-    "i2i_finding_…" and "t2i_finding_…".
+    """Classify and search held-out samples → {"accuracy", "macro_f1", "class_recall": {class: share recognized},
+    "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_finding_…" and "t2i_finding_…".
 
-    Image-to-image: each image queries all others; images of its class are relevant. Text-to-image: each prompt queries
-    all images; images of its class are relevant. By finding, the images with exactly the same caption are relevant.
+    Image-to-image: each image queries those of other groups; images of its class are relevant. Text-to-image: each
+    prompt queries all images; images of its class are relevant. By finding, those with exactly the same caption are.
     """
     model.eval()
     classes, files = info["classes"], [sample.image for sample in samples]
@@ -224,22 +233,26 @@ def evaluate(model, tokenizer, samples, info, device, workers):
     labels = torch.tensor([classes.index(sample.label) for sample in samples])
     confusion = confusion_matrix(labels, predictions, len(classes))
     result = {"accuracy": accuracy(confusion), "macro_f1": macro_f1(confusion)}
+    hits, counts = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    result["class_recall"] = {name: hit / n for name, hit, n in zip(classes, hits, counts, strict=True) if n}
 
-    numbers = {file: number for number, file in enumerate(dict.fromkeys(files))}
-    identity = torch.tensor([numbers[file] for file in files])
-    same_image = identity[:, None] == identity
+    # An image's own group (else only itself) is not searched: finding the next frame of the same video proves nothing.
+    groups = [sample.group or sample.image for sample in samples]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    groups = torch.tensor([numbers[group] for group in groups])
+    same_group = groups[:, None] == groups
 
     def search(name, queries, query_labels, gallery, gallery_labels, exclude=None):
         ranks = first_relevant_ranks(queries, gallery, query_labels[:, None] == gallery_labels, exclude)
         result.update({f"{name}_{key}": value for key, value in retrieval_metrics(ranks).items()})
 
     texts, text_labels = zip(*((p, i) for i, name in enumerate(classes) for p in info["prompts"][name]), strict=True)
-    search("i2i", images, labels, images, labels, same_image)
+    search("i2i", images, labels, images, labels, same_group)
     search("t2i", encode_texts(model, tokenizer, texts, device), torch.tensor(text_labels), images, labels)
     captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
     if captions:
         findings = torch.tensor([captions.index(s.caption) if s.caption else -1 - i for i, s in enumerate(samples)])
-        search("i2i_finding", images, findings, images, findings, same_image)
+        search("i2i_finding", images, findings, images, findings, same_group)
         queries = encode_texts(model, tokenizer, captions, device)
         search("t2i_finding", queries, torch.arange(len(captions)), images, findings)
     return result
@@ -330,7 +343,7 @@ def main():
     run.mkdir(parents=True, exist_ok=True)
     if last is None:
         zero_shot = test(final_split)
-        info["zero_shot_accuracy"] = zero_shot["accuracy"]
+        info["zero_shot"] = {f"zero_shot_{key}": value for key, value in zero_shot.items()}
         print(f"untrained    {summary(zero_shot)}", flush=True)
         log.write_text("")
     else:
@@ -370,7 +383,7 @@ def main():
     if final_split == "test":
         load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
         final |= test("test")
-    final |= {"zero_shot_accuracy": info["zero_shot_accuracy"], "train_seconds": round(info["seconds"], 1)}
+    final |= {**info["zero_shot"], "train_seconds": round(info["seconds"], 1)}
     (run / "metrics.json").write_text(json.dumps({"split": final_split, **final}, indent=2) + "\n")
     print(f"best epoch {final['epoch']}, on {final_split}: {summary(final)}")
     print(f"{info['seconds']:.0f} s of training; the model is in {run}")

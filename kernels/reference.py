@@ -5,13 +5,19 @@ float16 and bfloat16 inputs are computed in float32, float64 stays float64. Grad
 
 import torch
 
-CHUNK = 2**21  # entries of the similarity matrix held at once: 8 MB in float32, about a last-level cache
+CHUNK = 2**19  # entries of the similarity matrix held at once: 2 MB in float32, about a second-level cache
 
 
 def unit(x):
     """(…, D) → x / ‖x‖. A zero vector has no direction: it stays zero, and so does its gradient."""
     square = (x * x).sum(-1, keepdim=True)
     return torch.where(square > 0, x, 0) * torch.where(square > 0, square, 1).rsqrt()
+
+
+def inverse_norm(x):
+    """(…, D) → 1 / ‖x‖ (…, 1), 0 for a zero vector."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 0, 1 / norm, 0)
 
 
 def at_least_float32(x):
@@ -34,7 +40,25 @@ def at_least_float32(x):
 #
 # (rᵢ = 1 / number of rows with a positive, 0 for a row without one; cⱼ likewise), and then
 #
-#     ∂loss/∂x̂ᵢ = s Σⱼ Gᵢⱼ ŷⱼ,    ∂loss/∂ŷⱼ = s Σᵢ Gᵢⱼ x̂ᵢ,    ∂loss/∂s = Σᵢⱼ Gᵢⱼ Sᵢⱼ / s = Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩ / s.
+#     ∂loss/∂x̂ᵢ = s Σⱼ Gᵢⱼ ŷⱼ,    ∂loss/∂ŷⱼ = s Σᵢ Gᵢⱼ x̂ᵢ,    ∂loss/∂s = Σᵢⱼ Gᵢⱼ Sᵢⱼ / s = Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩ / s,
+#
+# and, as making x longer changes nothing,  ∂loss/∂x = (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩) / ‖x‖.
+
+
+def check_pairs(image_features, text_features, image_labels, text_labels):
+    """→ the labels, where there are none those of pairs. Raises ValueError where something does not fit."""
+    if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(f"expected (N, D) and (M, D), got {tuple(image_features.shape)}, {tuple(text_features.shape)}")
+    N, M = len(image_features), len(text_features)
+    if (image_labels is None) != (text_labels is None):
+        raise ValueError("give image_labels and text_labels, or neither")
+    if image_labels is None:
+        if N != M:
+            raise ValueError(f"without labels image i belongs to text i, but there are {N} images and {M} texts")
+        image_labels = text_labels = torch.arange(N, device=image_features.device)
+    if image_labels.shape != (N,) or text_labels.shape != (M,):
+        raise ValueError(f"expected labels ({N},) and ({M},), got {image_labels.shape}, {text_labels.shape}")
+    return image_labels, text_labels
 
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
@@ -47,34 +71,30 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
     Memory grows with the inputs, (N + M)·D, not as N·M. Not differentiable twice.
     Raises ValueError where the shapes or the labels do not fit together.
     """
-    if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
-        raise ValueError(f"expected (N, D) and (M, D), got {tuple(image_features.shape)}, {tuple(text_features.shape)}")
-    N, M, device = len(image_features), len(text_features), image_features.device
-    if (image_labels is None) != (text_labels is None):
-        raise ValueError("give image_labels and text_labels, or neither")
-    if image_labels is None:
-        if N != M:
-            raise ValueError(f"without labels image i belongs to text i, but there are {N} images and {M} texts")
-        image_labels = text_labels = torch.arange(N, device=device)
-    if image_labels.shape != (N,) or text_labels.shape != (M,):
-        raise ValueError(f"expected labels ({N},) and ({M},), got {image_labels.shape}, {text_labels.shape}")
-    with torch.autocast(device.type, enabled=False):  # at s = 100 a half-precision logit is off by up to 0.25
-        x, y = unit(at_least_float32(image_features)), unit(at_least_float32(text_features))
-        scale = torch.as_tensor(scale, dtype=x.dtype, device=device)
-        return _ContrastiveLoss.apply(x, y, scale, image_labels, text_labels)
+    image_labels, text_labels = check_pairs(image_features, text_features, image_labels, text_labels)
+    x, y = at_least_float32(image_features), at_least_float32(text_features)
+    scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+    return _ContrastiveLoss.apply(x, y, scale, image_labels, text_labels)
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """The loss of unit rows x (N, D), y (M, D); normalization is outside, where autograd sees to it."""
+    """Only what is as small as the labels is kept for backward, beside the features themselves."""
 
     @staticmethod
     def forward(ctx, x, y, scale, x_labels, y_labels):
+        with torch.autocast(x.device.type, enabled=False):  # at s = 100 a half-precision logit is off by up to 0.25
+            return _ContrastiveLoss._forward(ctx, x, y, scale, x_labels, y_labels)
+
+    @staticmethod
+    def _forward(ctx, x, y, scale, x_labels, y_labels):
+        x_inverse, y_inverse = inverse_norm(x), inverse_norm(y)  # (N, 1), (M, 1)
+        unit_y = y * y_inverse
         column_max = x.new_full((len(y),), -torch.inf)
         column_sum = x.new_zeros(len(y))
         column_count, column_positive = x.new_zeros(len(y)), x.new_zeros(len(y))
         row_lse, row_count, row_positive = (x.new_empty(len(x)) for _ in range(3))
         for rows in _strips(len(x), len(y)):
-            S = (scale * x[rows]) @ y.T
+            S = (scale * (x[rows] * x_inverse[rows])) @ unit_y.T
             P = x_labels[rows, None] == y_labels  # (rows, M)
             positive = S * P
             row_count[rows], row_positive[rows] = P.sum(1, dtype=x.dtype), positive.sum(1)
@@ -95,31 +115,41 @@ class _ContrastiveLoss(torch.autograd.Function):
         row_loss, row_weight, row_share = side(row_lse, row_count, row_positive)
         column_loss, column_weight, column_share = side(column_lse, column_count, column_positive)
         ctx.save_for_backward(
-            x, y, scale, x_labels, y_labels, row_lse, row_weight, row_share, column_lse, column_weight, column_share
-        )
+            x, y, scale, x_labels, y_labels, x_inverse, y_inverse,
+            row_lse, row_weight, row_share, column_lse, column_weight, column_share,
+        )  # fmt: skip
         return (row_loss + column_loss) / 2
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True; autograd would take our gradient for a constant
             raise RuntimeError("contrastive_loss can't be differentiated twice; leave create_graph away")
-        (x, y, scale, x_labels, y_labels, row_lse, row_weight, row_share, column_lse, column_weight, column_share) = (
-            ctx.saved_tensors
-        )
-        dx, dy = torch.empty_like(x), torch.zeros_like(y)
+        x, y, scale, x_labels, y_labels, x_inverse, y_inverse, *lines = ctx.saved_tensors
+        row_lse, row_weight, row_share, column_lse, column_weight, column_share = lines
+        dx, dy, dscale = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
         half = grad / 2 * scale
+
+        def through_normalization(gradient, unit_x, inverse):
+            """In place; → Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩."""
+            along = torch.einsum("nd,nd->n", gradient, unit_x)
+            gradient.addcmul_(unit_x, along[:, None], value=-1).mul_(inverse)
+            return along.sum()
+
         with torch.autocast(x.device.type, enabled=False):
+            unit_y = y * y_inverse
             for rows in _strips(len(x), len(y)):
-                S = (scale * x[rows]) @ y.T
+                unit_x = x[rows] * x_inverse[rows]
+                S = (scale * unit_x) @ unit_y.T
                 G = (S - row_lse[rows, None]).exp_().mul_(row_weight[rows, None])
                 G += S.sub_(column_lse).exp_().mul_(column_weight)
                 share = torch.add(row_share[rows, None], column_share, out=S)
                 G -= share.mul_(x_labels[rows, None] == y_labels)
                 G *= half
-                dx[rows] = G @ y
-                dy.addmm_(G.T, x[rows])
-        dscale = (x * dx).sum() / scale
-        return dx, dy, dscale, None, None
+                dx[rows] = G @ unit_y
+                dy.addmm_(G.T, unit_x)
+                dscale += through_normalization(dx[rows], unit_x, x_inverse[rows])
+            through_normalization(dy, unit_y, y_inverse)
+        return dx, dy, dscale / scale, None, None
 
 
 def _strips(rows, columns):
@@ -144,6 +174,17 @@ PARALLEL = 1e-2  # radians; the series' next term is below 1e-9 here
 OPPOSITE = 1e-3  # radians short of π; closer, float32 can't tell the great circle from rounding
 
 
+def check_slerp(a, b, t):
+    """→ t as a tensor (1,) or (N,). Raises ValueError where something does not fit."""
+    if a.dim() != 2 or a.shape != b.shape:
+        raise ValueError(f"expected two (N, D), got {tuple(a.shape)} and {tuple(b.shape)}")
+    double = torch.float64 in (a.dtype, b.dtype)
+    t = torch.as_tensor(t, dtype=torch.float64 if double else torch.float32, device=a.device)
+    if t.dim() > 1 or (t.dim() == 1 and len(t) not in (1, len(a))):
+        raise ValueError(f"expected t of shape () or ({len(a)},), got {tuple(t.shape)}")
+    return t.reshape(-1)
+
+
 def slerp(a, b, t):
     """Interpolate along the great circle from a to b: (N, D), (N, D), t a number, a scalar or (N,) → (N, D).
 
@@ -152,14 +193,9 @@ def slerp(a, b, t):
     a, b and t. Raises ValueError where the shapes do not fit.
     Source: Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985).
     """
-    if a.dim() != 2 or a.shape != b.shape:
-        raise ValueError(f"expected two (N, D), got {tuple(a.shape)} and {tuple(b.shape)}")
+    t = check_slerp(a, b, t)[:, None]  # (1 or N, 1)
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = unit(at_least_float32(a)), unit(at_least_float32(b))
-    t = torch.as_tensor(t, dtype=a.dtype, device=a.device)
-    if t.dim() > 1 or (t.dim() == 1 and len(t) not in (1, len(a))):
-        raise ValueError(f"expected t of shape () or ({len(a)},), got {tuple(t.shape)}")
-    t = t.reshape(-1, 1)  # (1 or N, 1)
 
     difference, total = ((a - b) ** 2).sum(-1, keepdim=True), ((a + b) ** 2).sum(-1, keepdim=True)  # 4 sin², 4 cos² θ/2
     parallel = difference < PARALLEL**2

@@ -1,9 +1,14 @@
 """Shared fixtures: CLIP models with random weights from transformers, the independent implementation to agree with."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, in Python
+
 import transformers
 
 from model import CLIPConfig

@@ -12,13 +12,17 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+import ablate
 import classify
+import phantom
 import retrieve
 import runs
 import train
 from errors import run_script
-from model import CLIP, HUGGING_FACE, CLIPConfig, translate
+from metrics import retrieval_metrics
+from model import CLIP, CLIPConfig, load_clip, save_clip
 from tokenizer import Tokenizer, learn_merges, save_merges
+from weights import export
 
 SHAPES = {"half-left": ("left", "red"), "half-right": ("right", "red"), "field-green": ("all", "green")}
 
@@ -57,8 +61,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 16, "vision_width": 64, "text_width": 64, "embed_dim": 64}
     clip = CLIP(CLIPConfig(**sizes, vision_layers=4, text_layers=2, vocab_size=len(Tokenizer(folder)))).initialize()
-    tensors = {translate(name, HUGGING_FACE): tensor for name, tensor in clip.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+    save_clip(clip, folder / "model.safetensors")
     return folder
 
 
@@ -188,6 +191,114 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
     info["prompts"] = {name: texts for name, texts in prompts.items() if name != "half-right"}
     labels = [label for batch in train.training_items(one_sided, info, 0, 32, 0) for _, label, _, _ in batch]
     assert "half-right" not in labels
+
+    info["settings"]["flip"] = "naive"
+    items = [item for batch in train.training_items(samples, info, 0, 32, 0) for item in batch]
+    assert sorted(label for _, label, _, _ in items) == sorted(sample.label for sample in samples)
+    centres = {}
+    for pixels, label, _, _ in items:
+        red = torch.from_numpy(pixels[..., 0].astype(float) - pixels[..., 1]).clamp(min=0).sum(0)
+        centres.setdefault(label, []).append(float((red * columns).sum() / red.sum()) if red.sum() else 0.0)
+    for label in ("half-left", "half-right"):
+        assert min(centres[label]) < 14 and max(centres[label]) > 18  # mirrored, and still called what it was
+
+
+def test_images_of_the_same_group_are_not_searched(pictures, base):
+    samples = train.load_dataset(pictures / "manifest.csv")
+    model, tokenizer = runs.load_base(str(base))
+    model = train.assemble(model, {"full": True, "levels": None, "fusion": "none"}, len(SHAPES)).eval()
+    info = {"classes": sorted(SHAPES), "prompts": {name: [name] for name in SHAPES}, "settings": {"batch_size": 8}}
+
+    def evaluate(samples):
+        return train.evaluate(model, tokenizer, samples, info, torch.device("cpu"), 0)
+
+    every, one_group = evaluate(samples), evaluate([s for s in samples if s.group.endswith("0")])
+    assert one_group["i2i_mrr"] is None and one_group["t2i_mrr"] is not None
+    images = runs.encode_images(model, [s.image for s in samples], torch.device("cpu"), 8, 0)
+    similarity = (
+        torch.nn.functional.normalize(images.double(), dim=1) @ torch.nn.functional.normalize(images.double()).T
+    )
+    ranks = []
+    for query, scores in zip(samples, similarity.tolist(), strict=True):
+        others = sorted(
+            (-score, other.label == query.label)
+            for other, score in zip(samples, scores, strict=True)
+            if other.group != query.group
+        )
+        ranks.append(1 + [relevant for _, relevant in others].index(True))
+    assert every["i2i_mrr"] == pytest.approx(retrieval_metrics(torch.tensor(ranks))["mrr"])
+    assert every["class_recall"].keys() == SHAPES.keys()
+    assert sum(every["class_recall"].values()) / 3 == pytest.approx(every["accuracy"])  # classes of the same size
+
+
+def test_without_data_phantoms_are_drawn_once_trained_on_and_searched(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom, "DEFAULT", tmp_path / "phantoms")
+    write = phantom.write_dataset
+    monkeypatch.setattr(phantom, "write_dataset", lambda folder: write(folder, count=28))
+    status, _, err = script(train, "--epochs", 1, "--run", "runs/a")
+    assert status == 0 and "drawing" in err
+    _, info = runs.read_safetensors(tmp_path / "runs/a/adapter.safetensors")
+    assert info["settings"]["data"] == info["settings"]["weights"] == "phantom"
+    assert info["classes"] == sorted(phantom.CLASSES)
+    status, out, err = script(retrieve, "--text", "left ear", "--top", 3, "--json")
+    assert status == 0 and "drawing" not in err, err
+    assert all(str(tmp_path / "phantoms") in result["image"] for result in json.loads(out))
+    status, out, _ = script(classify, "--json")
+    assert status == 0 and len(json.loads(out)) == 28
+
+
+def test_an_exported_run_is_a_base_model(script, pictures, base, tmp_path, trained):
+    arguments = ["--data", pictures / "images", "--weights", base, "--epochs", 1, "--lr", 1e-2]
+    for run, extra in (("lora", ["--fusion", "none"]), ("full", ["--fusion", "none", "--full"])):
+        assert script(train, *arguments, *extra, "--run", tmp_path / run)[0] == 0
+        status, out, err = script(export, tmp_path / run, tmp_path / f"{run}-base")
+        assert status == 0 and "bytes" in out, err
+        model, tokenizer, _ = runs.load_run(tmp_path / run, torch.device("cpu"))
+        exported, its_tokenizer = runs.load_base(str(tmp_path / f"{run}-base"))
+        pixels, texts = torch.randn(2, 3, 32, 32), ["a red shape", "left"]
+        with torch.no_grad():
+            torch.testing.assert_close(exported.encode_image(pixels), model.encode_image(pixels), rtol=0.01, atol=0.01)
+            tokens, its_tokens = tokenizer(texts), its_tokenizer(texts)
+            torch.testing.assert_close(
+                exported.encode_text(its_tokens), model.encode_text(tokens), rtol=0.01, atol=0.01
+            )
+        assert not torch.equal(exported.visual.blocks[0].attn.q_proj.weight,
+                               load_clip(base).visual.blocks[0].attn.q_proj.weight)  # fmt: skip
+    assert "--fusion none" in mistake(script(export, trained, tmp_path / "fused"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate.py
+
+
+def test_ablation_averages_runs_over_seeds_and_goes_on_where_it_stopped(script, pictures, base, tmp_path):
+    arguments = ["--data", pictures / "manifest.csv", "--weights", base, "--epochs", 1, "--folder", tmp_path / "a"]
+    status, out, err = script(ablate, *arguments, "--seeds", 0, 1)
+    assert status == 0, err
+    rows = [line.split("|")[1].strip() for line in out.splitlines()[2:]]
+    assert rows == ["zero-shot", *ablate.PARTS]
+    table = json.loads((tmp_path / "a/ablation.json").read_text())["rows"]
+    runs_of = {
+        "+ LoRA": {"fusion": "none", "slerp": 0, "contrastive": 0},
+        "+ multi-level CLS": {"fusion": "gate", "slerp": 0, "contrastive": 0},
+        "+ slerp": {"fusion": "gate", "slerp": 0.5, "contrastive": 0},
+        "+ contrastive": {"fusion": "gate", "slerp": 0.5, "contrastive": 0.5},
+    }
+    for name, expected in runs_of.items():
+        folders = [tmp_path / "a" / f"{name.strip('+ ').replace(' ', '-')}-{seed}" for seed in (0, 1)]
+        for seed, folder in enumerate(folders):
+            settings = runs.read_safetensors(folder / "adapter.safetensors")[1]["settings"]
+            assert expected.items() <= settings.items() and settings["seed"] == seed
+        first, second = (json.loads((folder / "metrics.json").read_text())["t2i_mrr"] for folder in folders)
+        assert table[name]["t2i_mrr"]["mean"] == pytest.approx((first + second) / 2)
+        assert table[name]["t2i_mrr"]["spread"] == pytest.approx(abs(first - second) / 2**0.5)
+    untrained = json.loads((tmp_path / "a/LoRA-0/metrics.json").read_text())["zero_shot_t2i_mrr"]
+    assert table["zero-shot"]["t2i_mrr"]["values"][0] == untrained
+    finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("*/metrics.json")}
+    assert script(ablate, *arguments, "--seeds", 0, 1)[1] == out
+    assert finished == {file: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("*/metrics.json")}
+    assert "other flags" in mistake(script(ablate, *arguments, "--batch-size", 4))
+    assert "nowhere" in mistake(script(ablate, "--data", tmp_path / "nowhere", "--folder", tmp_path / "b"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +464,6 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
 
 
 def test_other_mistakes_are_one_line(script, trained, base, pictures, tmp_path):
-    assert "--data" in mistake(script(train))
     assert "--resume" in mistake(script(train, "--data", pictures / "images", "--run", trained, "--weights", base))
     assert "finished" in mistake(script(train, "--resume", "--run", trained))
     assert "train.py" in mistake(script(train, "--resume"))

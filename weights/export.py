@@ -1,0 +1,35 @@
+"""Write the CLIP of a run as base weights for further runs: python weights/export.py runs/NAME FOLDER
+
+The folder gets model.safetensors, with adapters merged, by Hugging Face's tensor names, and its merges.txt. Fusion and
+class head are no part of CLIP, so the run must be one of `train.py --fusion none`. weights/phantom was made so.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from errors import UserError, run_script
+from model import save_clip
+from runs import find_run, load_run
+from tokenizer import save_merges
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    model, tokenizer, _ = load_run(find_run(args.run), torch.device("cpu"))
+    if model.fusion is not None:
+        raise UserError(f"{args.run} fuses levels, which no CLIP file can hold; train one with --fusion none")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    save_clip(model.clip, args.folder / "model.safetensors")
+    save_merges(tokenizer.ranks, args.folder / "merges.txt")
+    print(f"{args.folder}: {(args.folder / 'model.safetensors').stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    run_script(main)
