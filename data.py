@@ -320,7 +320,7 @@ def augment(image, size, rng, flip):
     width, height = min(side * scale * aspect, image.width), min(side * scale / aspect, image.height)
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)  # black corners, as around a scope's field
+    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)  # black corners, as around a scope's field
     for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhancer(image).enhance(rng.uniform(0.8, 1.2))
     return np.array(ImageOps.mirror(image) if flip else image)

@@ -94,7 +94,7 @@ class Scope:
 
 SCOPES = {
     "A": Scope((1.06, 1.00, 0.93), field=0.97, lower=1, zoom=1, tilt=0, vignette=0.3, sensor=192, noise=2, jpeg=95),
-    "B": Scope((0.9, 1.1, 1.1), field=0.88, lower=0.8, zoom=0.85, tilt=8, vignette=0.5, sensor=144, noise=6, jpeg=60),
+    "B": Scope((0.92, 1.07, 1.08), field=0.9, lower=0.8, zoom=0.9, tilt=8, vignette=0.4, sensor=160, noise=4, jpeg=70),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

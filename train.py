@@ -56,7 +56,7 @@ from runs import (
 
 # Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one;
 # adapters of the small model on phantoms.
-DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120), "phantom": (2e-3, 8)}
+DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120), "phantom": (2e-3, 7)}
 
 
 def parse_arguments():
