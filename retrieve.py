@@ -100,7 +100,7 @@ def thumbnail(file):
 
 
 def contact_sheet(results, text, image):
-    """Results of a search, and its query → a Pillow image: a card for each, with rank, score and class."""
+    """Results of a search, and its query → a Pillow image: a card for each, with rank, score, and caption or class."""
     columns = min(COLUMNS, len(results))
     rows = -(-len(results) // columns)
     columns = max(columns, 3)  # room for the query
@@ -127,7 +127,8 @@ def contact_sheet(results, text, image):
         draw.text((x + 10, y + TILE + 22), f"{result['rank']}", WHITE, font(18), anchor="lm")
         draw.text((x + TILE - 10, y + TILE + 22), f"{result['score']:.3f}", WHITE, font(16), anchor="rm")
         name += "?" * (result["class"] is None)  # no label, but a prediction
-        draw.text((x + 10, y + TILE + 40), fit(draw, name, font(15), TILE - 20, lines=2), colour, font(15))
+        words = fit(draw, result["caption"] or name, font(15), TILE - 20, lines=2)
+        draw.text((x + 10, y + TILE + 40), words, colour, font(15))
     return sheet
 
 
