@@ -16,11 +16,7 @@ LEVELS = {3: "#a7c7ec", 6: "#7aa7dc", 9: "#5088c8", 12: "#2c5f9e"}
 SPHERE, RADIUS = (1225, 370), 215
 # Where images of some classes lie on the circle, in degrees clockwise from 12 o'clock, and texts.
 IMAGES = {"ear-left": (-78, -12), "throat": (62, 96), "vc-open": (150, 184)}
-TEXTS = {
-    "ear-left": (-45, "left ear, perforated eardrum"),
-    "throat": (79, "a throat"),
-    "vc-open": (167, "vocal cords open"),
-}
+TEXTS = {-45: "left ear,\nperforated eardrum", 79: "a throat", 167: "vocal cords open"}
 
 
 class Sheet:

