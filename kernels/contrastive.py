@@ -208,7 +208,7 @@ def contrastive_backward(
     grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, x_labels: Tensor, y_labels: Tensor,
     of_rows: Tensor, of_columns: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """→ gradients of x, y and scale."""
+    """→ gradients of x (N, D), y (M, D), in their type, and of scale ()."""
     x, y, x_labels, y_labels = (tensor.contiguous() for tensor in (x, y, x_labels, y_labels))
     (N, D), M = x.shape, len(y)
     (rx, x_weight, x_share, row_lse), (ry, y_weight, y_share, column_lse) = of_rows, of_columns
@@ -222,7 +222,7 @@ def contrastive_backward(
     Kx = x.new_zeros(M, D, dtype=torch.float32)
 
     def through_normalization(product, features, inverse_norm):
-        """K y → ∂loss/∂x, in place; and Σᵢ ⟨xᵢ, (K y)ᵢ⟩."""
+        """K y (n, D) float32 → ∂loss/∂x (n, D), in place; and Σᵢ ⟨xᵢ, (K y)ᵢ⟩, a scalar."""
         along = torch.einsum("nd,nd->n", features.float(), product)
         unit = features * inverse_norm[:, None]
         return product.addcmul_(unit, (inverse_norm * along)[:, None], value=-1), along.sum()
@@ -249,7 +249,7 @@ def _(x, y, scale, x_labels, y_labels):
 
 @contrastive_backward.register_fake
 def _(grad, x, y, scale, x_labels, y_labels, of_rows, of_columns):
-    return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
+    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty(())
 
 
 def save_for_backward(ctx, inputs, output):
@@ -272,10 +272,10 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
     """As `kernels.reference.contrastive_loss`, on the GPU. Both features are float32, float16 or bfloat16."""
     image_labels, text_labels = reference.check_pairs(image_features, text_features, image_labels, text_labels)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=image_features.device)
-    if image_features.dtype == torch.bfloat16 and not image_features.is_cuda:
-        # Triton's interpreter (3.7) would multiply bfloat16's bit patterns as if they were integers.
-        image_features, text_features = image_features.float(), text_features.float()
-    return contrastive_forward(image_features, text_features, scale, image_labels, text_labels)[0]
+    dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+    if dtype == torch.bfloat16 and not image_features.is_cuda:
+        dtype = torch.float32  # Triton's interpreter (3.7) multiplies bfloat16's bit patterns as if they were integers
+    return contrastive_forward(image_features.to(dtype), text_features.to(dtype), scale, image_labels, text_labels)[0]
 
 
 def main():

@@ -339,6 +339,15 @@ def test_compiling_autocast_and_differentiating_twice(function):
         dx.square().sum().backward()
 
 
+def test_features_of_two_types_and_of_any_strides_in_a_compiled_step():
+    x, y = randn(16, 20).half().to(DEVICE).T, randn(20, 16, seed=1).float().to(DEVICE)
+    expected = results(lambda x, y: contrastive_loss(x.float(), y, 20.0), x, y)
+    compiled = torch.compile(lambda x, y: contrastive_loss(x, y, 20.0), backend="aot_eager", fullgraph=True)
+    for a, e in zip(results(compiled, x, y), expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e)
+
+
 def test_without_a_gpu_everything_works_and_triton_is_not_even_imported():
     code = """
 import sys, torch, kernels
