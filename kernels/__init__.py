@@ -5,12 +5,9 @@
     top_k(queries, gallery, k)                                                                    → values, indices
 
 `reference.py` has the plain PyTorch version of each, whose docstrings are the definitions. On GPUs with the tensor
-cores that Triton knows (compute capability 8.0 and up) the first two run in Triton, `contrastive.py` and `slerp.py`;
-it is imported only then, so everything works without it.
+cores that Triton knows (compute capability 8.0 and up) the first two run in Triton, `triton_contrastive.py` and
+`triton_slerp.py`; they are imported only then, so everything works without Triton.
 """
-
-import sys
-from types import ModuleType
 
 import torch
 
@@ -27,29 +24,18 @@ def on_triton(features):
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
     if on_triton(image_features):
-        from kernels import contrastive as implementation
+        from kernels.triton_contrastive import contrastive_loss as run
     else:
-        implementation = reference
-    return implementation.contrastive_loss(image_features, text_features, scale, image_labels, text_labels)
+        run = reference.contrastive_loss
+    return run(image_features, text_features, scale, image_labels, text_labels)
 
 
 def slerp(a, b, t):
     if on_triton(a):
-        from kernels.slerp import slerp as run
+        from kernels.triton_slerp import slerp as run
     else:
         run = reference.slerp
     return run(a, b, t)
 
 
 contrastive_loss.__doc__, slerp.__doc__ = reference.contrastive_loss.__doc__, reference.slerp.__doc__
-
-
-class _Package(ModuleType):
-    """Importing the submodule `slerp` would put it in the place of the function of the same name."""
-
-    def __setattr__(self, name, value):
-        if name != "slerp":
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -25,9 +25,9 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from errors import UserError, run_script
-from kernels import contrastive, reference
-from kernels.contrastive import contrastive_loss
-from kernels.slerp import backward_kernel, forward_kernel, launch_shape
+from kernels import reference, triton_contrastive
+from kernels.triton_contrastive import contrastive_loss
+from kernels.triton_slerp import backward_kernel, forward_kernel, launch_shape
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # compute capability: limit of a program
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
@@ -57,11 +57,11 @@ def argument_type(name, dtype):
 
 def kernels_to_compile(dtype):
     """(name, kernel, constants and options) of all kernels, as the operators launch them."""
-    tile, row = contrastive.tile_shape(dtype), launch_shape(D)
+    tile, row = triton_contrastive.tile_shape(dtype), launch_shape(D)
     return [
-        ("measure", contrastive.measure_kernel, {"BLOCK_N": 32, "BLOCK": 128}),
-        ("statistics", contrastive.statistics_kernel, tile),
-        ("gradient", contrastive.gradient_kernel, tile),
+        ("measure", triton_contrastive.measure_kernel, {"BLOCK_N": 32, "BLOCK": 128}),
+        ("statistics", triton_contrastive.statistics_kernel, tile),
+        ("gradient", triton_contrastive.gradient_kernel, tile),
         ("slerp forward", forward_kernel, row),
         ("slerp backward", backward_kernel, row),
     ]

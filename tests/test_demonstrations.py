@@ -29,8 +29,8 @@ def test_the_figure_is_drawn(tmp_path):
         ("metrics.py", "macro-F1"),
         ("phantom.py", "right ear"),
         ("kernels/reference.py", "slerp"),
-        ("kernels/contrastive.py", "relative error"),
-        ("kernels/slerp.py", "arccos"),
+        ("kernels/triton_contrastive.py", "relative error"),
+        ("kernels/triton_slerp.py", "arccos"),
     ],
 )
 def test_a_module_demonstrates_itself(module, says, tmp_path):

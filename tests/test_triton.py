@@ -18,9 +18,9 @@ import kernels
 from kernels import reference
 
 pytest.importorskip("triton")
-from kernels import contrastive
-from kernels.contrastive import contrastive_loss
-from kernels.slerp import slerp
+from kernels import triton_contrastive
+from kernels.triton_contrastive import contrastive_loss
+from kernels.triton_slerp import slerp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,7 @@ def test_nothing_is_read_or_written_beyond_the_edges(N, M, D, dtype, monkeypatch
     scale = torch.tensor(50.0, device=DEVICE)
     expected = results(lambda *v: contrastive_loss(*v, *labels), x, y, scale)
 
-    monkeypatch.setattr(contrastive, "STRIP", 40 * M)  # several strips, that no tile divides
+    monkeypatch.setattr(triton_contrastive, "STRIP", 40 * M)  # several strips, that no tile divides
     stripwise = results(lambda *v: contrastive_loss(*v, *labels), x, y, scale)
     assert_near(stripwise, expected, 1e-6 if dtype == torch.float32 else 1e-2)
 
@@ -213,7 +213,7 @@ def test_nothing_is_read_or_written_beyond_the_edges(N, M, D, dtype, monkeypatch
     again = [loss, *torch.autograd.grad(loss, poisoned)]
     monkeypatch.undo()
     guard.check()
-    monkeypatch.setattr(contrastive, "STRIP", 40 * M)
+    monkeypatch.setattr(triton_contrastive, "STRIP", 40 * M)
     assert all(torch.equal(a.cpu(), e) for a, e in zip(again, stripwise, strict=True))
 
 
@@ -353,13 +353,13 @@ def test_without_a_gpu_everything_works_and_triton_is_not_even_imported():
 import sys, torch, kernels
 x, y = torch.randn(4, 8), torch.randn(4, 8)
 kernels.contrastive_loss(x, y, 10.0), kernels.slerp(x, y, 0.5)
-assert "triton" not in sys.modules and "kernels.contrastive" not in sys.modules
+assert "triton" not in sys.modules and "kernels.triton_contrastive" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_packages_slerp_stays_a_function():
-    import kernels.slerp
+    import kernels.triton_slerp
 
     assert callable(kernels.slerp) and kernels.slerp(torch.eye(2), torch.eye(2), 0.5).shape == (2, 2)
 

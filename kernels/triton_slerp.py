@@ -15,7 +15,7 @@ The coefficients α and β depend on a and b only through c = cos θ = ⟨a, b�
 
 and the normalization takes away the part along a, and divides by its length, as always.
 
-    python kernels/slerp.py       # without a GPU it runs in Triton's interpreter
+    python kernels/triton_slerp.py       # without a GPU it runs in Triton's interpreter
 """
 
 import math

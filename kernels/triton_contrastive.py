@@ -31,7 +31,7 @@ gradient:
 
 There are no atomic additions, so the same inputs give the same bits.
 
-    python kernels/contrastive.py       # without a GPU it runs in Triton's interpreter
+    python kernels/triton_contrastive.py       # without a GPU it runs in Triton's interpreter
 """
 
 import os
