@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from data import find_images, load_dataset
+from data import load_dataset
 from errors import UserError, run_script
+from images import find_images
 from runs import Parser, encode_images, find_device, find_run, load_run
 
 

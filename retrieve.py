@@ -9,21 +9,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import load_dataset, load_image, to_rgb
+from checkpoint import fingerprint, read_safetensors, write_safetensors
+from data import load_dataset
 from errors import UserError, run_script
+from images import load_image, to_rgb
 from kernels import slerp, top_k
-from runs import (
-    Parser,
-    encode_images,
-    encode_texts,
-    find_device,
-    find_run,
-    fingerprint,
-    load_run,
-    positive_int,
-    read_safetensors,
-    write_safetensors,
-)
+from runs import Parser, encode_images, encode_texts, find_device, find_run, load_run, positive_int
 
 
 def index_images(run, model, files, device, batch_size, workers):

@@ -12,8 +12,6 @@ Everything is safetensors and JSON: reading a file from elsewhere can't run code
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import sys
 import time
@@ -22,18 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from data import load_image, normalize, prefetch, resize_and_crop
+from checkpoint import fingerprint, load_base, read_safetensors
 from errors import UserError
 from fusion import FusedCLIP
+from images import load_image, normalize, prefetch, resize_and_crop
 from lora import add_lora, merge_lora
-from model import CLIP, CLIPConfig, load_clip
+from model import CLIP, CLIPConfig
 from tokenizer import Tokenizer, learn_merges, save_merges
 
 RUNS = Path("runs")
-WEIGHTS = Path(__file__).parent / "weights"
 # The architecture of `--weights scratch`: small enough for a laptop, deep enough for levels to mean something.
 SCRATCH = CLIPConfig(
     embed_dim=128,
@@ -132,25 +128,6 @@ class Progress:
 # Models
 
 
-def base_folder(weights):
-    """The --weights flag → where the base model is: a name is a folder of weights/, anything else a path."""
-    named = WEIGHTS / weights
-    return named if weights in ("phantom", "clip-vit-b-16") else Path(weights)
-
-
-def load_base(weights):
-    """→ (CLIP, Tokenizer) of a pretrained base model."""
-    path = base_folder(weights)
-    clip = load_clip(path)
-    tokenizer = Tokenizer(path if path.is_dir() else path.parent)
-    if len(tokenizer) != clip.config.vocab_size:
-        raise UserError(
-            f"the merges beside {path} make {len(tokenizer):,} tokens, the weights know {clip.config.vocab_size:,}; "
-            "put the merges.txt that belongs to the weights there"
-        )
-    return clip, tokenizer
-
-
 def start_from_scratch(texts, run):
     """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder."""
     run.mkdir(parents=True, exist_ok=True)
@@ -180,35 +157,8 @@ def trained_parameters(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def fingerprint(clip):
-    """A short hash that tells base models apart: of every tensor's shape and 64 of its values spread evenly."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        values = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-def write_safetensors(file, tensors, info):
-    """Tensors and a JSON object, by way of a temporary file: an interruption leaves the old file whole."""
-    temporary = file.with_suffix(".tmp")
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata={"info": json.dumps(info, ensure_ascii=False)})
-    os.replace(temporary, file)
-
-
-def read_safetensors(file):
-    """→ (tensors, JSON object) as `write_safetensors` wrote them. Raises UserError."""
-    try:
-        with safe_open(file, "pt") as f:
-            # cloned: the file may be written anew while its tensors are in use
-            return {name: f.get_tensor(name).clone() for name in f.keys()}, json.loads(f.metadata()["info"])  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{file} is not a file of ours or is damaged ({problem}); train again") from None
 
 
 def find_run(run, file="adapter.safetensors"):

@@ -25,9 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import augment, load_dataset, load_image, mirror_text, normalize, prefetch, split_dataset
+from checkpoint import base_folder, fingerprint, load_base, read_safetensors, write_safetensors
+from data import load_dataset, split_dataset
 from errors import UserError, run_script
 from fusion import MODES, slerp_mix
+from images import augment, load_image, mirror_text, normalize, prefetch
 from kernels import contrastive_loss
 from lora import PROJECTIONS, TOWERS
 from metrics import accuracy, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
@@ -38,20 +40,15 @@ from runs import (
     Progress,
     assemble,
     autocast,
-    base_folder,
     encode_images,
     encode_texts,
     find_device,
     find_run,
-    fingerprint,
-    load_base,
     load_trained,
     mixed_precision,
     positive_int,
-    read_safetensors,
     start_from_scratch,
     trained_parameters,
-    write_safetensors,
 )
 
 # Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one;

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoint import load_clip
 from fusion import MODES, FusedCLIP, MultiLevelFusion, default_levels, slerp_mix
-from model import load_clip
 
 ZERO_START = {"gate": "gates", "slerp": "fractions", "concat": "mix.weight"}
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoint import HUGGING_FACE, load_clip, translate
 from lora import PROJECTIONS, LoRALinear, add_lora, merge_lora, unmerge_lora
-from model import CLIP, HUGGING_FACE, CLIPConfig, load_clip, translate
+from model import CLIP, CLIPConfig
 
 
 def gap(ours, theirs):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data import mirror_text
 from errors import UserError
+from images import mirror_text
 from prompts import class_prompts
 
 CLASSES = ["nose-right", "nose-left", "ear-right", "ear-left", "vc-open", "vc-closed", "throat"]

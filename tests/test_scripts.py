@@ -13,14 +13,16 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import ablate
+import checkpoint
 import classify
 import phantom
 import retrieve
 import runs
 import train
+from checkpoint import load_clip, save_clip
 from errors import run_script
 from metrics import retrieval_metrics
-from model import CLIP, CLIPConfig, load_clip, save_clip
+from model import CLIP, CLIPConfig
 from tokenizer import Tokenizer, learn_merges, save_merges
 from weights import export
 
@@ -99,7 +101,7 @@ def trained(pictures, base, tmp_path_factory):
 
 
 def test_a_run_holds_what_the_design_says(trained):
-    tensors, info = runs.read_safetensors(trained / "adapter.safetensors")
+    tensors, info = checkpoint.read_safetensors(trained / "adapter.safetensors")
     assert not any("base" in name or "mlp" in name for name in tensors)
     assert {"head", "clip.logit_scale", "fusion.gates"} < tensors.keys()
     assert any("lora_A" in name for name in tensors)
@@ -115,7 +117,7 @@ def test_a_run_holds_what_the_design_says(trained):
 
 
 def test_only_the_adapters_and_new_parts_change(trained, base, pictures):
-    before, _ = runs.load_base(str(base))
+    before, _ = checkpoint.load_base(str(base))
     model, _, _ = runs.load_run(trained, torch.device("cpu"))
     for name, tensor in before.state_dict().items():
         after = model.clip.state_dict()[name.replace("_proj.", "_proj.base.")]
@@ -205,7 +207,7 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
 
 def test_images_of_the_same_group_are_not_searched(pictures, base):
     samples = train.load_dataset(pictures / "manifest.csv")
-    model, tokenizer = runs.load_base(str(base))
+    model, tokenizer = checkpoint.load_base(str(base))
     model = train.assemble(model, {"full": True, "levels": None, "fusion": "none"}, len(SHAPES)).eval()
     info = {"classes": sorted(SHAPES), "prompts": {name: [name] for name in SHAPES}, "settings": {"batch_size": 8}}
 
@@ -237,7 +239,7 @@ def test_without_data_phantoms_are_drawn_once_trained_on_and_searched(script, tm
     monkeypatch.setattr(phantom, "write_dataset", lambda folder: write(folder, count=28))
     status, _, err = script(train, "--epochs", 1, "--run", "runs/a")
     assert status == 0 and "drawing" in err
-    _, info = runs.read_safetensors(tmp_path / "runs/a/adapter.safetensors")
+    _, info = checkpoint.read_safetensors(tmp_path / "runs/a/adapter.safetensors")
     assert info["settings"]["data"] == info["settings"]["weights"] == "phantom"
     assert info["classes"] == sorted(phantom.CLASSES)
     status, out, err = script(retrieve, "--text", "left ear", "--top", 3, "--json")
@@ -254,7 +256,7 @@ def test_an_exported_run_is_a_base_model(script, pictures, base, tmp_path, train
         status, out, err = script(export, tmp_path / run, tmp_path / f"{run}-base")
         assert status == 0 and "bytes" in out, err
         model, tokenizer, _ = runs.load_run(tmp_path / run, torch.device("cpu"))
-        exported, its_tokenizer = runs.load_base(str(tmp_path / f"{run}-base"))
+        exported, its_tokenizer = checkpoint.load_base(str(tmp_path / f"{run}-base"))
         pixels, texts = torch.randn(2, 3, 32, 32), ["a red shape", "left"]
         with torch.no_grad():
             torch.testing.assert_close(exported.encode_image(pixels), model.encode_image(pixels), rtol=0.01, atol=0.01)
@@ -287,7 +289,7 @@ def test_ablation_averages_runs_over_seeds_and_goes_on_where_it_stopped(script, 
     for name, expected in runs_of.items():
         folders = [tmp_path / "a" / f"{name.strip('+ ').replace(' ', '-')}-{seed}" for seed in (0, 1)]
         for seed, folder in enumerate(folders):
-            settings = runs.read_safetensors(folder / "adapter.safetensors")[1]["settings"]
+            settings = checkpoint.read_safetensors(folder / "adapter.safetensors")[1]["settings"]
             assert expected.items() <= settings.items() and settings["seed"] == seed
         first, second = (json.loads((folder / "metrics.json").read_text())["t2i_mrr"] for folder in folders)
         assert table[name]["t2i_mrr"]["mean"] == pytest.approx((first + second) / 2)
@@ -448,7 +450,7 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
     def training(weights, *extra):
         return mistake(script(train, "--data", pictures / "images", "--weights", weights, "--epochs", 1, *extra))
 
-    if not (runs.WEIGHTS / "clip-vit-b-16").exists():
+    if not (checkpoint.WEIGHTS / "clip-vit-b-16").exists():
         assert "python weights/download.py" in training("clip-vit-b-16")
     assert "python weights/download.py" in training(tmp_path / "nowhere")
     tensors = load_file(base / "model.safetensors")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
+from checkpoint import save_clip
 from errors import UserError, run_script
-from model import save_clip
 from runs import find_run, load_run
 from tokenizer import save_merges
 

@@ -1,0 +1,217 @@
+"""Weights on disk: CLIP's tensors in OpenAI's and Hugging Face's names, and our own files, all of them safetensors.
+
+Our parameter names are translated to the file's, not the other way round, so that an error speaks the file's own
+language. Nothing here reads or writes pickle, so a file from elsewhere can't run code.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from errors import UserError
+from model import CLIP, HEAD_WIDTH, CLIPConfig
+from tokenizer import Tokenizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+HUGGING_FACE = [
+    (r"^visual\.patch_embed\b", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.position_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre\b", "vision_model.pre_layrnorm"),  # their spelling
+    (r"^visual\.ln_post\b", "vision_model.post_layernorm"),
+    (r"^visual\.proj\b", "visual_projection"),
+    (r"^text\.token_embedding\b", "text_model.embeddings.token_embedding"),
+    (r"^text\.position_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^text\.ln_final\b", "text_model.final_layer_norm"),
+    (r"^text\.proj\b", "text_projection"),
+    (r"^visual\.blocks\b", "vision_model.encoder.layers"),
+    (r"^text\.blocks\b", "text_model.encoder.layers"),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+]
+OPENAI = [
+    (r"^visual\.patch_embed\b", "visual.conv1"),
+    (r"^visual\.position_embedding", "visual.positional_embedding"),
+    (r"^visual\.proj\.weight", "visual.proj"),  # stored as (width, embed_dim): transposed
+    (r"^text\.proj\.weight", "text_projection"),  # likewise
+    (r"^text\.position_embedding", "positional_embedding"),
+    (r"^visual\.blocks\b", "visual.transformer.resblocks"),
+    (r"^text\.blocks\b", "transformer.resblocks"),
+    (r"^text\.", ""),
+    (r"\.attn\.[qkv]_proj\.", ".attn.in_proj_"),  # one matrix of q, k and v, stacked
+    (r"\.mlp\.fc1\b", ".mlp.c_fc"),
+    (r"\.mlp\.fc2\b", ".mlp.c_proj"),
+]
+# Bookkeeping that some checkpoints carry and no model needs.
+IGNORED = re.compile(r".*\.position_ids|input_resolution|context_length|vocab_size")
+
+
+def translate(name, naming):
+    """A parameter's name in `CLIP` → its name in `HUGGING_FACE` or `OPENAI`."""
+    for pattern, replacement in naming:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load_clip(path, dtype=torch.float32):
+    """Build a `CLIP` from a .safetensors file, or from a folder with a model.safetensors.
+
+    OpenAI's and Hugging Face's tensor names are both read, in any floating type. The file is mapped into memory: where
+    it already holds `dtype`, no weight is copied until training writes to it.
+
+    Raises UserError if there is no such file, if it is not a CLIP ViT checkpoint, or with every missing, unexpected and
+    mis-shaped tensor by its name in the file.
+    """
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name a file")
+    try:
+        tensors = {name: t for name, t in load_file(file).items() if not IGNORED.fullmatch(name)}
+    except SafetensorError as problem:
+        raise UserError(f"{file} is not a whole safetensors file ({problem}); download it again") from None
+
+    naming = OPENAI if "visual.conv1.weight" in tensors else HUGGING_FACE
+    config = _infer_config(tensors, naming, file)
+    with torch.device("meta"):
+        clip = CLIP(config)
+
+    state, missing, misshaped, used = {}, [], [], set()
+    for name, parameter in clip.state_dict().items():
+        source = translate(name, naming)
+        used.add(source)
+        if source not in tensors:
+            missing.append(source)
+            continue
+        tensor, expected = tensors[source], tuple(parameter.shape)
+        stacked = naming is OPENAI and ".attn.in_proj_" in source
+        transposed = naming is OPENAI and name.endswith(".proj.weight")
+        if stacked:
+            expected = (3 * expected[0], *expected[1:])
+        elif transposed:
+            expected = expected[::-1]
+        if tensor.shape != expected:
+            misshaped.append(f"{source} is {tuple(tensor.shape)} instead of {expected}")
+            continue
+        if stacked:
+            tensor = tensor.chunk(3)["qkv".index(name.split(".attn.")[1][0])]
+        elif transposed:
+            tensor = tensor.T.contiguous()
+        state[name] = tensor.to(dtype)
+    problems = [
+        f"{kind}: {', '.join(dict.fromkeys(names))}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", sorted(tensors.keys() - used)),
+            ("mis-shaped", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{file} does not fit a CLIP ViT: {'; '.join(problems)}")
+    clip.load_state_dict(state, assign=True)
+    return clip
+
+
+def save_clip(clip, file):
+    """Write a `CLIP` to a .safetensors file by Hugging Face's tensor names, in half precision: its range is enough, and
+    its rounding (1/2000) is far below what training leaves to chance. Adapters should be merged."""
+    tensors = {  # a merged adapter has done its work, and its base is the layer
+        translate(name.replace(".base.", "."), HUGGING_FACE): tensor.half().contiguous()
+        for name, tensor in clip.state_dict().items()
+        if ".lora_" not in name
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _infer_config(tensors, naming, file):
+    """Read the architecture off the tensors' names and shapes."""
+
+    def shape(name, dims):
+        source = translate(name, naming)
+        if source not in tensors or tensors[source].dim() != dims or 0 in tensors[source].shape:
+            raise UserError(f"{file} is not a CLIP ViT checkpoint: it has no {dims}-dimensional tensor {source}")
+        return tensors[source].shape
+
+    def layers(name):
+        pattern = re.compile(re.escape(translate(name, naming)) + r"\.(\d+)\.")
+        return 1 + max((int(m[1]) for m in map(pattern.match, tensors) if m), default=-1)
+
+    vision_width, _, patch_size, _ = shape("visual.patch_embed.weight", 4)
+    vocab_size, text_width = shape("text.token_embedding.weight", 2)
+    grid = math.isqrt(shape("visual.position_embedding", 2)[0] - 1)
+    projection = shape("text.proj.weight", 2)
+    for width in (vision_width, text_width):
+        if width % HEAD_WIDTH:
+            raise UserError(f"{file}: width {width} is not a multiple of {HEAD_WIDTH}; this is not a CLIP ViT")
+    if not (grid and layers("visual.blocks") and layers("text.blocks")):
+        raise UserError(f"{file} is not a CLIP ViT checkpoint: it lacks patches or blocks")
+    return CLIPConfig(
+        embed_dim=projection[1] if naming is OPENAI else projection[0],
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        vision_width=vision_width,
+        vision_layers=layers("visual.blocks"),
+        context_length=shape("text.position_embedding", 2)[0],
+        vocab_size=vocab_size,
+        text_width=text_width,
+        text_layers=layers("text.blocks"),
+    )
+
+
+def fingerprint(clip):
+    """A short hash that tells base models apart: of every tensor's shape and 64 of its values spread evenly."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_folder(weights):
+    """The --weights flag → where the base model is: a name is a folder of weights/, anything else a path."""
+    named = WEIGHTS / weights
+    return named if weights in ("phantom", "clip-vit-b-16") else Path(weights)
+
+
+def load_base(weights):
+    """→ (CLIP, Tokenizer) of a pretrained base model."""
+    path = base_folder(weights)
+    clip = load_clip(path)
+    tokenizer = Tokenizer(path if path.is_dir() else path.parent)
+    if len(tokenizer) != clip.config.vocab_size:
+        raise UserError(
+            f"the merges beside {path} make {len(tokenizer):,} tokens, the weights know {clip.config.vocab_size:,}; "
+            "put the merges.txt that belongs to the weights there"
+        )
+    return clip, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own files
+
+
+def write_safetensors(file, tensors, info):
+    """Tensors and a JSON object, by way of a temporary file: an interruption leaves the old file whole."""
+    temporary = file.with_suffix(".tmp")
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, metadata={"info": json.dumps(info, ensure_ascii=False)})
+    os.replace(temporary, file)
+
+
+def read_safetensors(file):
+    """→ (tensors, JSON object) as `write_safetensors` wrote them. Raises UserError."""
+    try:
+        with safe_open(file, "pt") as f:
+            # cloned: the file may be written anew while its tensors are in use
+            return {name: f.get_tensor(name).clone() for name in f.keys()}, json.loads(f.metadata()["info"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{file} is not a file of ours or is damaged ({problem}); train again") from None

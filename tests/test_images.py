@@ -1,0 +1,379 @@
+"""images.py against transformers' image processor, and what mirroring does to words."""
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_data import LARYNX, needs_larynx, user_error
+from transformers.image_utils import load_image as their_load_image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from errors import UserError
+from images import augment, load_image, mirror_text, prefetch, preprocess, resize_and_crop, to_rgb
+
+UINT8 = {"do_rescale": False, "do_normalize": False}
+
+
+def theirs(image, size=224, **options):
+    """transformers' processor: (3, size, size)."""
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    return CLIPImageProcessorPil(**sizes)(image, return_tensors="pt", **options)["pixel_values"][0]
+
+
+def noise(width, height, bands=3, seed=0):
+    shape = (height, width, bands) if bands > 1 else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def assert_same_pixels(ours, image, size=224):
+    expected = theirs(image, size, **UINT8).permute(1, 2, 0).numpy()
+    assert ours.dtype == expected.dtype == np.uint8
+    np.testing.assert_array_equal(ours, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+SIZES = [(640, 480), (480, 640), (320, 320), (224, 224), (225, 224), (224, 227), (301, 200), (1, 1), (3, 5), (10, 300)]
+SIZES += [(300, 10), (500, 223), (1000, 300)]
+
+
+@pytest.mark.parametrize("size", [224, 128, 97])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_pixels_are_those_of_transformers(width, height, size):
+    image = noise(width, height)
+    assert_same_pixels(resize_and_crop(image, size), image, size)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 160))
+def test_pixels_are_those_of_transformers_for_any_size(width, height, size):
+    image = noise(width, height, seed=width * 301 + height)
+    if max(image.size) <= 20 * min(image.size):  # a strip would be stretched to hundreds of megabytes
+        assert_same_pixels(resize_and_crop(image, size), image, size)
+
+
+def in_mode(mode):
+    """A noise image of this Pillow mode; of those with transparency, some of it."""
+    if mode in ("L", "RGB"):
+        return noise(250, 230, len(mode))
+    if mode in ("LA", "PA"):
+        return noise(250, 230, 4).convert("LA").convert(mode)
+    if mode == "P, transparent":
+        image = noise(250, 230).quantize(16)
+        image.info["transparency"] = 3
+        return image
+    if mode in ("I", "I;16", "F"):
+        grey = np.random.default_rng(0).integers(0, 300, (230, 250))
+        return Image.fromarray(grey.astype({"I": np.int32, "I;16": np.uint16, "F": np.float32}[mode]))
+    return noise(250, 230, 4 if mode in ("RGBA", "RGBX", "RGBa") else 3).convert(mode)
+
+
+MODES = ["1", "L", "LA", "P", "P, transparent", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
+MODES += ["I", "I;16", "F"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_of_every_mode_are_those_of_transformers(mode):
+    image = in_mode(mode)
+    assert image.mode == mode.split(",")[0]
+    assert_same_pixels(resize_and_crop(image), image)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P, transparent"])
+def test_what_is_transparent_is_white(mode):
+    image = in_mode(mode)
+    if mode == "P, transparent":
+        clear = np.asarray(image) == 3
+    else:
+        image.putalpha(Image.new("L", image.size, 0))
+        clear = np.ones((230, 250), bool)
+    rgb = np.asarray(to_rgb(image))
+    assert clear.any()
+    assert (rgb[clear] == 255).all()
+
+
+@pytest.mark.parametrize("size", [224, 128])
+def test_normalized_pixels_are_those_of_transformers(size):
+    image = noise(333, 250)
+    pixels = preprocess(image, size)
+    assert pixels.shape == (3, size, size)
+    assert pixels.dtype == torch.float32
+    assert pixels.is_contiguous()
+    torch.testing.assert_close(pixels, theirs(image, size), rtol=0, atol=1e-6)
+
+
+@needs_larynx
+def test_pixels_of_real_images_are_those_of_transformers():
+    files = sorted(LARYNX.rglob("*.jpg"))
+    assert len(files) == 139
+    for file in files[::9]:
+        image = load_image(file)
+        assert_same_pixels(resize_and_crop(image), their_load_image(str(file)))
+        torch.testing.assert_close(preprocess(image), theirs(their_load_image(str(file))), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright(tmp_path, orientation, suffix):
+    exif, file = Image.Exif(), tmp_path / f"image.{suffix}"
+    exif[0x0112] = orientation
+    stored = noise(60, 40)
+    stored.save(file, exif=exif)
+    image = load_image(file)
+    assert image.size == ((60, 40) if orientation < 5 else (40, 60))
+    assert_same_pixels(resize_and_crop(image, 32), their_load_image(str(file)), 32)
+    if suffix == "png" and orientation == 6:  # the stored picture's top is the right-hand side: turn it clockwise
+        np.testing.assert_array_equal(np.asarray(image), np.rot90(np.asarray(stored), k=-1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "tif", "jpg", "webp"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_image_files_of_every_format_are_read_as_by_transformers(tmp_path, mode, suffix):
+    image = in_mode(mode)
+    image = image.convert("RGB") if suffix in ("jpg", "webp") and mode == "P" else image
+    image.save(tmp_path / f"image.{suffix}")
+    file = str(tmp_path / f"image.{suffix}")
+    assert_same_pixels(resize_and_crop(load_image(file), 64), their_load_image(file), 64)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_keeps_its_contrast(tmp_path, suffix):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
+    image = load_image(tmp_path / f"ramp.{suffix}")
+    np.testing.assert_array_equal(np.asarray(image), ramp // 256)
+    assert_same_pixels(resize_and_crop(image), Image.fromarray((ramp // 256).astype(np.uint8)))
+
+
+def encoded(tmp_path, suffix):
+    noise(40, 30).save(tmp_path / f"whole.{suffix}")
+    return (tmp_path / f"whole.{suffix}").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged TIFF headers
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "tif", "webp"])
+def test_empty_cut_and_foreign_files_are_named(tmp_path, suffix):
+    data, file = encoded(tmp_path, suffix), tmp_path / f"broken image.{suffix}"
+    for content in (b"", data[:1], data[:20], data[: len(data) // 2], b"not an image\n" * 99, b"\0" * 999):
+        file.write_bytes(content)
+        assert str(file) in user_error(load_image, file)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged TIFF headers
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tif"])
+def test_a_damaged_image_is_read_or_named(tmp_path, suffix):
+    data, file, rng = encoded(tmp_path, suffix), tmp_path / f"damaged.{suffix}", random.Random(suffix)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(min(len(data), 200))] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            assert load_image(file).size > (0, 0)
+        except UserError as error:
+            assert str(file) in str(error)
+            assert len(str(error).splitlines()) == 1
+
+
+def test_a_missing_image_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "missing.png", tmp_path):
+        assert str(path) in user_error(load_image, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mirrors
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("nose-left", "nose-right"),
+        ("ear_right", "ear_left"),
+        ("LEFT vocal fold", "RIGHT vocal fold"),
+        ("Right ear, left side.", "Left ear, right side."),
+        ("left/right", "right/left"),
+        ("the right's", "the left's"),
+        ("tai trái", "tai phải"),
+        ("Phải và TRÁI", "Trái và PHẢI"),
+        ("at 7 o'clock", "at 5 o'clock"),
+        ("at 10 o’clock and 2o'clock", "at 2 o’clock and 10o'clock"),
+        ("12 o'clock", "12 o'clock"),
+        ("6 o'clock", "6 o'clock"),
+        ("11 o'clock", "1 o'clock"),
+        ("left at 3 o'clock", "right at 9 o'clock"),
+        ("between 5 and 7 O'Clock", "between 7 and 5 O'Clock"),
+        ("perforated from 1 to 4 o'clock, 2 mm", "perforated from 11 to 8 o'clock, 2 mm"),
+    ],
+)
+def test_left_and_right_are_swapped(text, mirrored):
+    assert mirror_text(text) == mirrored
+    assert mirror_text(mirrored) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["bright", "leftover", "upright cleft", "right1", "throat", "", "7 mm", "5 clocks", "13 o'clock", "rıght RİGHT"],
+)
+def test_other_words_are_left_alone(text):
+    assert mirror_text(text) == text
+
+
+sides = st.sampled_from(["left", "Left", "LEFT", "right", "Right", "trái", "Trái", "TRÁI", "phải", "PHẢI"])
+hours = st.integers(1, 12).map("{} o'clock".format)
+others = st.sampled_from([" ", "-", "_", "/", ", ", "bright", "Leftover", "3", "ear"]) | st.text(max_size=3)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(sides | hours | others, max_size=8).map("".join))
+def test_mirrored_twice_is_the_original(text):
+    assert mirror_text(mirror_text(text)) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+@pytest.mark.parametrize("size", [224, 32])
+@pytest.mark.parametrize("shape", [(640, 480), (300, 900), (1, 1), (2, 50), (17, 3)])
+def test_augmented_images_have_the_right_shape(shape, size):
+    for seed in range(4):
+        pixels = augment(noise(*shape), size, random.Random(seed), flip=bool(seed % 2))
+        assert pixels.shape == (size, size, 3)
+        assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_every_mode_can_be_augmented(mode):
+    assert augment(in_mode(mode), 48, random.Random(0), flip=False).shape == (48, 48, 3)
+
+
+def test_augmentation_follows_its_random_generator():
+    image = noise(90, 70)
+    first, again, other = (augment(image, 64, random.Random(seed), flip=False) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_flip_mirrors_and_changes_nothing_else(seed):
+    image, rngs = noise(90, 70), (random.Random(seed), random.Random(seed))
+    plain, flipped = (augment(image, 64, rng, flip) for rng, flip in zip(rngs, (False, True), strict=True))
+    np.testing.assert_array_equal(flipped, plain[:, ::-1])
+    assert (flipped != plain).any()
+    assert rngs[0].random() == rngs[1].random()
+
+
+def test_augmentation_leaves_the_image_as_it_was():
+    image = noise(90, 70)
+    before = image.tobytes()
+    augment(image, 64, random.Random(0), flip=True)
+    assert image.tobytes() == before
+
+
+def test_an_augmented_image_shows_half_of_the_original_or_more():
+    stripes = np.zeros((200, 200, 3), np.uint8)
+    stripes[:, np.arange(200) // 5 % 2 == 1] = 255
+    images = [Image.fromarray(stripes), Image.fromarray(stripes.transpose(1, 0, 2).copy())]
+    areas = []
+    for seed in range(30):
+        across, down = (augment(image, 200, random.Random(seed), flip=False).mean(2) for image in images)
+        middles = [line > (line.min() + line.max()) / 2 for line in (across[100], down[:, 100])]
+        edges = [np.count_nonzero(np.diff(line)) for line in middles]  # of 39, fewer where less is seen
+        areas.append(edges[0] * edges[1] / 39**2)
+    assert min(areas) > 0.5 * np.cos(np.radians(15)) ** 2 - 0.05  # a turned line crosses fewer stripes
+    assert max(areas) - min(areas) > 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prefetching
+
+WORKERS = pytest.mark.parametrize("workers", [0, 1, 4])
+
+
+@WORKERS
+def test_batches_arrive_in_order_whatever_takes_longest(workers):
+    rng = random.Random(0)
+    batches = [[(i, j, rng.random() / 500) for j in range(i % 4)] for i in range(20)]
+
+    def function(item):
+        time.sleep(item[2])
+        return item[:2]
+
+    assert list(prefetch(function, batches, workers)) == [[item[:2] for item in batch] for batch in batches]
+
+
+@WORKERS
+def test_no_batches_give_nothing(workers):
+    assert list(prefetch(str, [], workers)) == []
+
+
+@WORKERS
+def test_images_are_the_same_whatever_the_workers(workers, tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(8)]
+    for i, file in enumerate(files):
+        noise(60, 50, seed=i).save(file)
+    batches = list(prefetch(lambda file: resize_and_crop(load_image(file), 32), [files[:3], files[3:]], workers))
+    pixels = np.stack([pixels for batch in batches for pixels in batch])
+    np.testing.assert_array_equal(pixels, [resize_and_crop(noise(60, 50, seed=i), 32) for i in range(8)])
+
+
+@WORKERS
+def test_an_exception_arrives_as_it_was_raised_after_the_batches_before_it(workers):
+    mistake = UserError("item 7 is broken")
+
+    def function(item):
+        if item == 7:
+            raise mistake
+        return item
+
+    batches = prefetch(function, [[i, i + 1] for i in range(0, 20, 2)], workers)
+    assert [next(batches) for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(UserError) as error:
+        next(batches)
+    assert error.value is mistake
+
+
+@WORKERS
+def test_closing_early_ends_the_threads_and_starts_no_more_work(workers):
+    before, started, released = threading.active_count(), [], threading.Event()
+
+    def function(item):
+        started.append(item)
+        if item > 0:
+            released.wait(20)
+        return item
+
+    batches = prefetch(function, ([i] * 10 for i in range(10_000)), workers)
+    assert next(batches) == [0] * 10
+    release = threading.Timer(0.5, released.set)
+    release.start()
+    batches.close()
+    release.join()
+    assert threading.active_count() == before
+    assert started.count(0) == 10
+    assert len(started) <= 10 + workers
+
+
+def test_only_a_few_batches_are_prepared_ahead():
+    taken = []
+    batches = prefetch(str, (taken.append(i) or [i] for i in range(1000)), 4)
+    for i in range(50):
+        assert next(batches) == [str(i)]
+        assert len(taken) <= i + 4
+
+
+def test_workers_work_at_the_same_time():
+    meeting = threading.Barrier(3, timeout=20)  # passed only by three at once
+    batches = list(prefetch(lambda item: meeting.wait() >= 0, [[0], [1], [2]], 3))
+    assert batches == [[True]] * 3
