@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from cli import Parser, find_device
 from data import load_dataset
 from errors import UserError, run_script
 from images import find_images
-from runs import Parser, encode_images, find_device, find_run, load_run
+from runs import encode_images, find_run, load_run
 
 
 def classify(model, classes, files, device, batch_size, workers):

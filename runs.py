@@ -1,4 +1,4 @@
-"""What the scripts share: their flags, and the folder of a fine-tuned model, a "run".
+"""A run: the folder of a fine-tuned model.
 
     runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
                                       classes, prompts, settings and the base's fingerprint as JSON in the metadata
@@ -10,11 +10,7 @@
 Everything is safetensors and JSON: reading a file from elsewhere can't run code.
 """
 
-import argparse
-import contextlib
-import os
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +18,7 @@ import numpy as np
 import torch
 
 from checkpoint import fingerprint, load_base, read_safetensors
+from cli import Progress, autocast
 from errors import UserError
 from fusion import FusedCLIP
 from images import load_image, normalize, prefetch, resize_and_crop
@@ -40,88 +37,6 @@ SCRATCH = CLIPConfig(
     text_width=128,
     text_layers=4,
 )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Name the defaults, where there is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser with the flags that all scripts share, whose errors are one line, as all our errors are."""
-
-    def __init__(
-        self,
-        description,
-        data_help="images, as train.py takes them (default: those that the run was trained with)",
-        run_help="a fine-tuned model's folder (default: the newest in runs/)",
-    ):
-        super().__init__(description=description, formatter_class=Help)
-        self.add_argument("--data", help=data_help)
-        self.add_argument("--weights", help="base model: clip-vit-b-16, phantom, or a path to CLIP weights")
-        self.add_argument("--run", type=Path, help=run_help)
-        self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-        self.add_argument("--seed", type=int, default=0, help="fixes the split and everything random")
-        self.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
-        self.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
-
-    def error(self, message):
-        raise UserError(f"{message}; see python {self.prog} --help")
-
-
-def positive_int(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def find_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):  # AssertionError: PyTorch without CUDA
-        raise UserError(f"there is no device {name!r} on this machine; try --device cpu") from None
-
-
-def mixed_precision(device):
-    """The towers' type: bfloat16 on GPUs that compute in it, float16 on older ones, float32 elsewhere."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def autocast(device):
-    dtype = mixed_precision(device)
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-class Progress:
-    """At most one line a second, and the last: progress, images/s and time left; on a terminal, in place."""
-
-    def __init__(self, total, file=sys.stdout):
-        self.total, self.file, self.start = total, file, time.monotonic()
-        self.last = self.start
-
-    def __call__(self, done, text, loss=None):
-        """loss: a scalar tensor; on a GPU it is waited for only when the line is due."""
-        now = time.monotonic()
-        if now - self.last < 1:
-            return
-        self.last = now
-        rate = done / (now - self.start)
-        left = round((self.total - done) / rate)
-        text += "" if loss is None else f"  loss {loss:.3f}"
-        line = f"{text}  {done / self.total:4.0%}  {rate:.1f} images/s  {left // 60}:{left % 60:02} left"
-        tty = self.file.isatty()
-        print(f"\r{line}\x1b[K" if tty else line, end="\r" if tty else "\n", file=self.file, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
