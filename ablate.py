@@ -14,13 +14,13 @@ All other flags are train.py's. Finished runs are kept in --folder, so that an i
 Source: arXiv 2509.00752 for the parts. Where a part does not help on some data, the table says so.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from cli import Parser
 from errors import UserError, run_script
 
 PARTS = {  # row: what is still switched off
@@ -36,8 +36,8 @@ FIGURES = {  # key in metrics.json: column
     "i2i_mrr": "MRR",
     "t2i_recall@1": "text→image R@1",
     "t2i_mrr": "MRR",
-    "t2i_finding_recall@1": "by caption R@1",
-    "t2i_finding_mrr": "MRR",
+    "t2i_caption_recall@1": "by caption R@1",
+    "t2i_caption_mrr": "MRR",
 }
 
 
@@ -45,8 +45,9 @@ def train(run, flags):
     """Train a run, unless it is there already → its metrics.json."""
     metrics = run / "metrics.json"
     if not metrics.exists():
-        unfinished = ["--resume", "--run", run] if (run / "last.safetensors").exists() else [*flags, "--run", run]
-        command = [sys.executable, Path(__file__).with_name("train.py"), *unfinished]
+        if (run / "last.safetensors").exists():
+            flags = ["--resume"]
+        command = [sys.executable, Path(__file__).with_name("train.py"), *flags, "--run", run]
         result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if result.returncode:
             raise UserError(result.stderr.strip().splitlines()[-1].removeprefix("error: "))
@@ -75,10 +76,9 @@ def markdown(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="All other flags are train.py's, --data and --weights among them."
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = Parser(__doc__.splitlines()[0])
+    parser.epilog = "All other flags are train.py's, --data and --weights among them."
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training of each row for each")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where runs and tables are written")
     args, flags = parser.parse_known_args()
 

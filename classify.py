@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, find_device
+from cli import Parser, add_run_flags, find_device
 from data import load_dataset
 from errors import UserError, run_script
 from images import find_images
@@ -31,6 +31,7 @@ def classify(model, classes, files, device, batch_size, workers):
 
 def main():
     parser = Parser(__doc__)
+    add_run_flags(parser)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
@@ -43,15 +44,15 @@ def main():
             raise UserError(f"there are no images in {path}" if path.is_dir() else f"there is no {path}")
         files += found
     device = find_device(args.device)
-    model, _, info = load_run(find_run(args.run), device, args.weights)
-    files = files or list(dict.fromkeys(s.image for s in load_dataset(args.data or info["settings"]["data"])))
-    results = classify(model, info["classes"], files, device, args.batch_size, args.workers)
+    model, _, metadata = load_run(find_run(args.run), device, args.weights)
+    files = files or list(dict.fromkeys(s.image for s in load_dataset(args.data or metadata.settings.data)))
+    results = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
 
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     elif args.csv:
         writer = csv.writer(sys.stdout)
-        writer.writerow(["image", "class", "probability", *info["classes"]])
+        writer.writerow(["image", "class", "probability", *metadata.classes])
         writer.writerows([r["image"], r["class"], r["probability"], *r["classes"].values()] for r in results)
     else:
         table = [("image", "class", "probability", "runner-up")]

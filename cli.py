@@ -1,4 +1,4 @@
-"""What the scripts share towards their user: flags, the device and its precision, progress."""
+"""What stands between the scripts and their user: flags, the device and its precision, progress."""
 
 import argparse
 import contextlib
@@ -16,29 +16,33 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Name the defaults, where there is one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        bare = action.default is None or action.default is False
+        return action.help if bare else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the flags that all scripts share, whose errors are one line, as all our errors are."""
+    """A parser that names the defaults in its help, and whose errors are one line, as all our errors are."""
 
-    def __init__(
-        self,
-        description,
-        data_help="images, as train.py takes them (default: those that the run was trained with)",
-        run_help="a fine-tuned model's folder (default: the newest in runs/)",
-    ):
+    def __init__(self, description):
         super().__init__(description=description, formatter_class=Help)
-        self.add_argument("--data", help=data_help)
-        self.add_argument("--weights", help="base model: clip-vit-b-16, phantom, or a path to CLIP weights")
-        self.add_argument("--run", type=Path, help=run_help)
-        self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-        self.add_argument("--seed", type=int, default=0, help="fixes the split and everything random")
-        self.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
-        self.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def add_machine_flags(parser):
+    """Where to compute: --device and --workers."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
+
+
+def add_run_flags(parser, data_help="images, as train.py takes them; by default those that the run was trained with"):
+    """Which fine-tuned model to use, and on what: --data, --run, --weights and --batch-size."""
+    parser.add_argument("--data", help=data_help)
+    parser.add_argument("--run", type=Path, help="a fine-tuned model's folder; by default the newest in runs/")
+    parser.add_argument("--weights", help="where the run's base model is, should it have moved")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
+    add_machine_flags(parser)
 
 
 def positive_int(text):
@@ -46,6 +50,10 @@ def positive_int(text):
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device
 
 
 def find_device(name):
@@ -67,6 +75,10 @@ def mixed_precision(device):
 def autocast(device):
     dtype = mixed_precision(device)
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
 
 
 class Progress:

@@ -10,6 +10,7 @@ A data set is one of
 
 import csv
 import json
+import math
 import os
 import random
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from entrep import read_entrep
 from errors import UserError
-from images import find_images
+from images import augment, find_images, load_image, mirror_text, prefetch
 from phantom import default_dataset
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -128,6 +129,16 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2):
     return splits
 
 
+def class_names(samples):
+    """The classes, in the order in which models number them."""
+    return sorted({sample.label for sample in samples})
+
+
+def held_out(splits):
+    """The name of the split whose figures count: test, which no epoch was chosen by, else val."""
+    return "test" if splits["test"] else "val"
+
+
 def _by_label(samples):
     classes = {}
     for sample in samples:
@@ -175,6 +186,34 @@ def _split_by_group(samples, seed, fraction):
             if len(out) < fraction * len(members) and touched <= left:
                 held_out.add(group)
     return _hold_out(samples, lambda sample: sample.group in held_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches to train on
+
+
+def training_batches(samples, prompts, settings, epoch, size, workers):
+    """Yield the epoch's batches, lists of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
+
+    All randomness comes from seed, epoch and index, so an epoch is the same whether or not training was interrupted
+    before it, and whatever the number of workers.
+    """
+    naive = settings.flip == "naive"
+
+    def item(index):
+        rng = random.Random(f"{settings.seed} {epoch} {index}")
+        sample = samples[index]
+        label, caption = sample.label, sample.caption
+        # Left and right are classes: the mirror image of a left ear is a right one. Where it has no class, don't flip.
+        flip = settings.flip != "none" and (naive or mirror_text(label) in prompts) and rng.random() < 0.5
+        if flip and not naive:
+            label, caption = mirror_text(label), caption and mirror_text(caption)
+        pixels = augment(load_image(sample.image), size, rng, flip)
+        return pixels, label, rng.choice(prompts[label]), caption
+
+    order = random.Random(f"{settings.seed} {epoch}").sample(range(len(samples)), len(samples))
+    steps = math.ceil(len(order) / settings.batch_size)
+    yield from prefetch(item, [order[step::steps] for step in range(steps)], workers)  # batches of nearly equal size
 
 
 def main():

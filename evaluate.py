@@ -1,57 +1,144 @@
-"""Held-out figures."""
+"""All figures of a fine-tuned model on labelled images: python evaluate.py [--run RUN] [--data PATH]
+
+Without --data it repeats the figures of the run's own held-out images. With --data it evaluates on other labelled
+images, another hospital's say; their classes should be named as the run's are.
+
+    classification   each image gets the class whose vector it is nearest to
+    image→image      each image queries the images of other groups; those of its class are relevant
+    text→image       each prompt queries all images; those of its class are relevant
+    … same caption   the same two searches, but only images with exactly the query's caption are relevant
+"""
+
+import json
+import sys
 
 import torch
 
-from metrics import accuracy, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
-from runs import encode_images, encode_texts
+from cli import Parser, add_run_flags, find_device
+from data import held_out, load_dataset, split_dataset
+from errors import UserError, run_script
+from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
+from runs import encode_images, encode_texts, find_run, load_run
 
 
-def evaluate(model, tokenizer, samples, info, device, workers):
-    """Classify and search held-out samples → {"accuracy", "macro_f1", "class_recall": {class: share recognized},
-    "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_finding_…" and "t2i_finding_…".
+def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
+    """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
+    "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…".
 
-    Image-to-image: each image queries those of other groups; images of its class are relevant. Text-to-image: each
-    prompt queries all images; images of its class are relevant. By finding, those with exactly the same caption are.
+    A figure without a query is None: image→image search needs two groups of a class.
     """
     model.eval()
-    classes, files = info["classes"], [sample.image for sample in samples]
-    images = encode_images(model, files, device, info["settings"]["batch_size"], workers, "evaluating")
+    classes = metadata.classes
+    images = encode_images(model, [s.image for s in samples], device, batch_size, workers, "evaluating")  # (N, D)
+    labels = torch.tensor([classes.index(sample.label) for sample in samples])  # (N,)
     with torch.inference_mode():
         predictions = model.classify(images.to(device)).argmax(1).cpu()
-    labels = torch.tensor([classes.index(sample.label) for sample in samples])
     confusion = confusion_matrix(labels, predictions, len(classes))
-    result = {"accuracy": accuracy(confusion), "macro_f1": macro_f1(confusion)}
-    hits, counts = confusion.diagonal().tolist(), confusion.sum(1).tolist()
-    result["class_recall"] = {name: hit / n for name, hit, n in zip(classes, hits, counts, strict=True) if n}
+    results = {"accuracy": accuracy(confusion), "macro_f1": macro_f1(confusion)}
+    results["by_class"] = by_class(confusion, classes)
 
     # An image's own group (else only itself) is not searched: finding the next frame of the same video proves nothing.
-    groups = [sample.group or sample.image for sample in samples]
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    groups = torch.tensor([numbers[group] for group in groups])
+    groups = _numbers([sample.group or sample.image for sample in samples])
     same_group = groups[:, None] == groups
-
-    def search(name, queries, query_labels, gallery, gallery_labels, exclude=None):
-        ranks = first_relevant_ranks(queries, gallery, query_labels[:, None] == gallery_labels, exclude)
-        result.update({f"{name}_{key}": value for key, value in retrieval_metrics(ranks).items()})
-
-    texts, text_labels = zip(*((p, i) for i, name in enumerate(classes) for p in info["prompts"][name]), strict=True)
-    search("i2i", images, labels, images, labels, same_group)
-    search("t2i", encode_texts(model, tokenizer, texts, device), torch.tensor(text_labels), images, labels)
+    texts, text_labels = zip(*((p, i) for i, name in enumerate(classes) for p in metadata.prompts[name]), strict=True)
+    prompts = encode_texts(model, tokenizer, texts, device)
+    results |= _search("i2i", images, labels, images, labels, same_group)
+    results |= _search("t2i", prompts, torch.tensor(text_labels), images, labels)
     captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
     if captions:
-        findings = torch.tensor([captions.index(s.caption) if s.caption else -1 - i for i, s in enumerate(samples)])
-        search("i2i_finding", images, findings, images, findings, same_group)
-        queries = encode_texts(model, tokenizer, captions, device)
-        search("t2i_finding", queries, torch.arange(len(captions)), images, findings)
-    return result
+        numbers = _numbers([*captions, *(s.caption or s for s in samples)])  # no two images without one are the same
+        queries, own = numbers[: len(captions)], numbers[len(captions) :]
+        results |= _search("i2i_caption", images, own, images, own, same_group)
+        results |= _search("t2i_caption", encode_texts(model, tokenizer, captions, device), queries, images, own)
+    return results
 
 
-def summary(result):
-    def show(key):
-        return "–" if result[key] is None else f"{result[key]:.3f}"
+def _numbers(names):
+    """Hashable names → (N,) int64: equal ones get the same number."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([number[name] for name in names])
 
-    parts = [f"accuracy {show('accuracy')}  F1 {show('macro_f1')}"]
-    for name, key in (("image→image", "i2i"), ("text→image", "t2i")):
-        recalls = "/".join(show(f"{key}_recall@{k}") for k in (1, 5, 10))
-        parts.append(f"{name} R@1/5/10 {recalls}  MRR {show(f'{key}_mrr')}")
+
+def _search(name, queries, query_labels, gallery, gallery_labels, exclude=None):
+    ranks = first_relevant_ranks(queries, gallery, query_labels[:, None] == gallery_labels, exclude)
+    return {f"{name}_{key}": value for key, value in retrieval_metrics(ranks).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing figures
+
+SEARCHES = {
+    "i2i": "image→image",
+    "t2i": "text→image",
+    "i2i_caption": "image→image, same caption",
+    "t2i_caption": "text→image, same caption",
+}
+
+
+def show(figure):
+    return "–" if figure is None else f"{figure:.3f}"
+
+
+def summary(results):
+    """The figures in a line, for the training's log."""
+    parts = [f"accuracy {show(results['accuracy'])}  F1 {show(results['macro_f1'])}"]
+    for key in ("i2i", "t2i"):
+        recalls = "/".join(show(results[f"{key}_recall@{k}"]) for k in (1, 5, 10))
+        parts.append(f"{SEARCHES[key]} R@1/5/10 {recalls}  MRR {show(results[f'{key}_mrr'])}")
     return "  ".join(parts)
+
+
+def table(results):
+    """The figures as a table: every class, then every search."""
+    width = max(map(len, [*results["by_class"], *SEARCHES.values()]))
+    lines = [f"{'class':{width}}  images  recall  precision"]
+    for name, row in results["by_class"].items():
+        lines.append(f"{name:{width}}  {row['images']:6}  {show(row['recall']):>6}  {show(row['precision']):>9}")
+    lines.append(f"accuracy {show(results['accuracy'])}, macro-F1 {show(results['macro_f1'])}")
+    lines += ["", f"{'search':{width}}  {'R@1':>6}  {'R@5':>6}  {'R@10':>6}  {'MRR':>6}"]
+    for key, name in SEARCHES.items():
+        if f"{key}_mrr" in results:
+            figures = [results[f"{key}_{figure}"] for figure in ("recall@1", "recall@5", "recall@10", "mrr")]
+            lines.append(f"{name:{width}}  " + "  ".join(f"{show(figure):>6}" for figure in figures))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def labelled_samples(data, metadata):
+    """--data → the samples to evaluate on, and what they are called. Raises UserError where labels are missing or
+    unknown to the run."""
+    if data is None:
+        settings = metadata.settings
+        splits = split_dataset(load_dataset(settings.data), settings.split, settings.seed)
+        name = held_out(splits)
+        return splits[name], f"the run's own {name} images of {settings.data}"
+    samples = load_dataset(data)
+    bare = next((sample.image for sample in samples if sample.label is None), None)
+    if bare:
+        raise UserError(f"{bare} has no label; evaluate.py needs a folder for each class, or a manifest with labels")
+    unknown = sorted({sample.label for sample in samples} - set(metadata.classes))
+    if unknown:
+        known = ", ".join(metadata.classes)
+        raise UserError(f"{data} has labels that the run does not know: {', '.join(unknown)}; it knows {known}")
+    return samples, str(data)
+
+
+def main():
+    parser = Parser(__doc__.splitlines()[0])
+    add_run_flags(parser, data_help="labelled images; by default those that the run held out")
+    parser.set_defaults(batch_size=None)  # other batches round otherwise: the run's own figures need its batch size
+    parser.add_argument("--json", action="store_true", help="print JSON, by the names of metrics.json")
+    args = parser.parse_args()
+    device, run = find_device(args.device), find_run(args.run)
+    model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
+    samples, name = labelled_samples(args.data, metadata)
+    print(f"{run} on {len(samples):,} images: {name}", file=sys.stderr)
+    batch_size = args.batch_size or metadata.settings.batch_size
+    results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers)
+    print(json.dumps(results, indent=2, ensure_ascii=False) if args.json else table(results))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -25,6 +25,18 @@ def macro_f1(confusion):
     return (2 * correct.double() / (labelled + predicted))[occurs].mean().item()
 
 
+def by_class(confusion, classes):
+    """→ {class: {"images": how many there are, "recall": share of them recognized, "precision": share of those called
+    so that are}}; None where there is nothing to share."""
+    rows = zip(
+        classes, confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True
+    )
+    return {
+        name: {"images": n, "recall": hit / n if n else None, "precision": hit / called if called else None}
+        for name, hit, n, called in rows
+    }
+
+
 def first_relevant_ranks(queries, gallery, relevant, exclude=None):
     """The rank, from 1 on, of the best-placed relevant gallery item for each query that has one → (≤ Q,) int64.
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from checkpoint import fingerprint, read_safetensors, write_safetensors
-from cli import Parser, find_device, positive_int
+from cli import Parser, add_run_flags, find_device, positive_int
 from data import load_dataset
 from errors import UserError, run_script
 from kernels import slerp, top_k
@@ -49,6 +49,7 @@ def embed_query(model, tokenizer, text, image, mix, device):
 
 def main():
     parser = Parser(__doc__)
+    add_run_flags(parser)
     parser.add_argument("--text", help="what to look for, in words")
     parser.add_argument("--image", type=Path, help="what to look for, by example")
     parser.add_argument("--mix", type=float, default=0.5, help="with both: 0 is the image alone, 1 the text alone")
@@ -69,8 +70,8 @@ def main():
 
     device = find_device(args.device)
     run = find_run(args.run)
-    model, tokenizer, info = load_run(run, device, args.weights)
-    samples = {s.image: s for s in load_dataset(args.data or info["settings"]["data"])}  # an image once
+    model, tokenizer, metadata = load_run(run, device, args.weights)
+    samples = {s.image: s for s in load_dataset(args.data or metadata.settings.data)}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
     files = list(samples)
@@ -85,7 +86,7 @@ def main():
             "score": round(score, 4),
             "image": str(files[i]),
             "class": samples[files[i]].label,
-            "predicted": info["classes"][p],
+            "predicted": metadata.classes[p],
             "caption": samples[files[i]].caption,
         }
         for rank, (score, i, p) in enumerate(

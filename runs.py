@@ -1,9 +1,10 @@
-"""A run: the folder of a fine-tuned model.
+"""A run: the folder of a fine-tuned model, and how the model is put together again from it.
 
     runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
-                                      classes, prompts, settings and the base's fingerprint as JSON in the metadata
+                                      settings, classes, prompts and base model as JSON in the file's metadata
     runs/<name>/last.safetensors      all that resuming needs (train.py)
-    runs/<name>/metrics.json(l)       the final figures; a line an epoch (train.py)
+    runs/<name>/metrics.jsonl         the held-out figures after each epoch, a line each (train.py)
+    runs/<name>/metrics.json          the figures of the best epoch, and of the untrained model (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
     runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
 
@@ -11,7 +12,8 @@ Everything is safetensors and JSON: reading a file from elsewhere can't run code
 """
 
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ from checkpoint import fingerprint, load_base, read_safetensors
 from cli import Progress, autocast
 from errors import UserError
 from fusion import FusedCLIP
-from images import load_image, normalize, prefetch, resize_and_crop
+from images import load_image, mirror_text, normalize, prefetch, resize_and_crop
 from lora import add_lora, merge_lora
 from model import CLIP, CLIPConfig
+from settings import Settings
 from tokenizer import Tokenizer, learn_merges, save_merges
 
 RUNS = Path("runs")
@@ -39,8 +42,24 @@ SCRATCH = CLIPConfig(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
+@dataclass(frozen=True)
+class Metadata:
+    """What adapter.safetensors says of itself: all that is needed, beside its tensors, to build the model again."""
+
+    settings: Settings
+    classes: list[str]  # in the order of the head's rows
+    prompts: dict[str, list[str]]  # of each class
+    base: dict  # {"weights": the flag, "fingerprint": of the weights}, from scratch {"weights", "config": CLIPConfig's}
+
+    @classmethod
+    def read(cls, stored, file):
+        """stored: the file's JSON object. Raises UserError where it is not what a run's file holds."""
+        try:
+            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["settings"].items()}
+            rest = {f.name: stored[f.name] for f in fields(cls) if f.name != "settings"}
+            return cls(Settings(**settings), **rest)
+        except (KeyError, TypeError, AttributeError, UserError) as problem:
+            raise UserError(f"{file} has settings that do not fit ({problem}); train again") from None
 
 
 def start_from_scratch(texts, run):
@@ -51,21 +70,42 @@ def start_from_scratch(texts, run):
     return CLIP(CLIPConfig(**{**asdict(SCRATCH), "vocab_size": len(tokenizer)})).initialize(), tokenizer
 
 
+def new_model(settings, prompts, samples, run):
+    """→ untrained FusedCLIP, Tokenizer, Metadata. prompts: of each class; samples: those to train on; run: the folder
+    for the merges of a model from scratch."""
+    torch.manual_seed(settings.seed)
+    scratch = settings.weights == "scratch"
+    if scratch:
+        texts = [text for texts in prompts.values() for text in texts]
+        texts += [text for s in samples if s.caption for text in (s.caption, mirror_text(s.caption))]
+        clip, tokenizer = start_from_scratch(texts, run)
+        base = {"weights": "scratch", "config": asdict(clip.config)}
+    else:
+        clip, tokenizer = load_base(settings.weights)
+        base = {"weights": settings.weights, "fingerprint": fingerprint(clip)}
+    model = assemble(clip, settings, len(prompts))
+    if scratch:  # an untrained text tower sees no difference between classes: start at random
+        torch.nn.init.normal_(model.head)
+    else:
+        model.set_head([tokenizer(texts, clip.config.context_length) for texts in prompts.values()])
+    return model, tokenizer, Metadata(settings, list(prompts), prompts, base)
+
+
 def assemble(clip, settings, num_classes):
     """CLIP + LoRA + fusion + head as the settings say; what is to be trained, and only that, requires a gradient."""
-    if settings["full"]:
+    if settings.full:
         clip.requires_grad_(True)
     else:
         clip.requires_grad_(False)
         clip.logit_scale.requires_grad_(True)
-        if settings["lora_rank"]:
-            keys = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
-            if not add_lora(clip, *(settings[f"lora_{key}"] for key in keys)):
+        if settings.lora_rank:
+            parts = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
+            if not add_lora(clip, **{part: getattr(settings, f"lora_{part}") for part in parts}):
                 raise UserError(f"--lora-blocks: the base model has no such block; it has {len(clip.visual.blocks)}")
-    levels = settings["levels"]
+    levels = settings.levels
     if levels and max(levels) > len(clip.visual.blocks):
         raise UserError(f"--levels: the base model has {len(clip.visual.blocks)} blocks, not {max(levels)}")
-    return FusedCLIP(clip, num_classes, settings["fusion"], levels)
+    return FusedCLIP(clip, num_classes, settings.fusion, levels)
 
 
 def trained_parameters(model):
@@ -88,24 +128,63 @@ def find_run(run, file="adapter.safetensors"):
     return run
 
 
-def load_run(run, device, weights=None):
-    """A run's folder → (FusedCLIP for inference, its adapters merged; Tokenizer; info).
+@dataclass
+class State:
+    """Where a training stands. Kept with the optimizer's tensors in last.safetensors."""
 
-    info holds "classes", "prompts", "settings" and "base"; weights says where the base model is, should it have moved.
-    Raises UserError.
+    zero_shot: dict  # the untrained model's figures
+    epoch: int = 0  # finished epochs
+    seconds: float = 0.0  # spent on them, evaluation included
+    best_score: float = -1.0
+    best: dict = field(default_factory=dict)  # the best epoch's figures
+    scaler: dict = field(default_factory=dict)  # GradScaler's
+
+
+def new_run(args):
+    """→ the folder to train into, its Settings, and None for what was saved there."""
+    settings = Settings.from_flags(args)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run = args.run or RUNS / f"{Path(settings.data).stem}-{Path(settings.weights).stem}-{stamp}"
+    if (run / "adapter.safetensors").exists():
+        raise UserError(f"{run} holds a model already; choose another --run, or go on with it by --resume")
+    return run, settings, None
+
+
+def resumed_run(run):
+    """→ the folder of an interrupted run, its Settings, and what was saved there: (Metadata, State, tensors)."""
+    run = find_run(run, "last.safetensors")
+    file = run / "last.safetensors"
+    tensors, stored = read_safetensors(file)
+    if (run / "metrics.json").exists():
+        raise UserError(f"{run} is finished, there is nothing to resume; train a new one without --resume")
+    try:
+        metadata, state = Metadata.read(stored, file), State(**stored["state"])
+    except (KeyError, TypeError):
+        raise UserError(f"{file} is of another version; train again") from None
+    return run, metadata.settings, (metadata, state, tensors)
+
+
+def load_run(run, device, weights=None, merge=True):
+    """A run's folder → (FusedCLIP for inference, Tokenizer, Metadata).
+
+    weights: where the base model is, should it have moved; merge: add the adapters into the weights, which is faster
+    but rounds. Raises UserError.
     """
-    tensors, info = read_safetensors(run / "adapter.safetensors")
-    base = info["base"]
+    file = run / "adapter.safetensors"
+    tensors, stored = read_safetensors(file)
+    metadata = Metadata.read(stored, file)
+    base = metadata.base
     if base["weights"] == "scratch":
         clip, tokenizer = CLIP(CLIPConfig(**base["config"])), Tokenizer(run)
     else:
         clip, tokenizer = load_base(weights or base["weights"])
         if fingerprint(clip) != base["fingerprint"]:
             raise UserError(f"{run} was trained on other base weights than {weights or base['weights']}; use --weights")
-    model = assemble(clip, info["settings"], len(info["classes"]))
-    load_trained(model, tensors, run / "adapter.safetensors")
-    merge_lora(model)
-    return model.to(device).eval(), tokenizer, info
+    model = assemble(clip, metadata.settings, len(metadata.classes))
+    load_trained(model, tensors, file)
+    if merge:
+        merge_lora(model)
+    return model.to(device).eval(), tokenizer, metadata
 
 
 def load_trained(model, tensors, file):

@@ -1,6 +1,9 @@
 """Shared fixtures: CLIP models with random weights from transformers, the independent implementation to agree with."""
 
+import csv
 import os
+import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, in Python
 
 import transformers
+from shapes import SHAPES, draw
 
-from model import CLIPConfig
+import train
+from checkpoint import save_clip
+from errors import run_script
+from model import CLIP, CLIPConfig
+from tokenizer import Tokenizer, learn_merges, save_merges
 
 torch.set_num_threads(1)  # threads that wait for each other are many times slower than one where cores are shared
 
@@ -78,3 +86,74 @@ def small(tmp_path_factory):
         text_layers=3,
     )
     return _reference(config, tmp_path_factory.mktemp("small"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts, as a user runs them
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder with a sub-folder for each of three classes, 6 images each, and a manifest of the same."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
+    rows = []
+    for label, (place, colour) in SHAPES.items():
+        (folder / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            file = folder / "images" / label / f"{i}.png"
+            draw(place, colour, rng).save(file)
+            rows.append([f"images/{label}/{i}.png", label, f"a {colour} shape, {place}", f"{label} {i // 2}"])
+    with open(folder / "manifest.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["image", "label", "caption", "group"], *rows])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A pretrained base model, small and random, as a user would have it: model.safetensors and merges.txt."""
+    folder = tmp_path_factory.mktemp("base")
+    save_merges(
+        learn_merges(["red and green shapes on the left and on the right of all images"] * 2, 40), folder / "merges.txt"
+    )
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 16, "vision_width": 64, "text_width": 64, "embed_dim": 64}
+    clip = CLIP(CLIPConfig(**sizes, vision_layers=4, text_layers=2, vocab_size=len(Tokenizer(folder)))).initialize()
+    save_clip(clip, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path, capsys):
+    """Run a script's main with arguments in an empty folder → (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            run_script(module.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, base, tmp_path_factory):
+    """A run of adapters on the small base model."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    arguments = ["train.py", "--data", pictures / "manifest.csv", "--weights", base, "--run", run, "--epochs", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*map(str, arguments), "--lr", "3e-3", "--device", "cpu"])
+        train.main()
+    return run
+
+
+def mistake(result):
+    """Exit status 2, nothing but one line on standard error that begins with `error: `."""
+    status, _, err = result
+    lines = err.splitlines()
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]

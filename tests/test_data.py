@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import SHAPES
 
-from data import Sample, load_dataset, split_dataset
+from data import Sample, load_dataset, split_dataset, training_batches
 from errors import UserError
 
 LARYNX = Path(__file__).parents[2] / "shared" / "larynx"
@@ -370,3 +373,41 @@ def test_the_larynx_sequences_are_kept_apart():
     assert not {s.group for s in splits["train"]} & {s.group for s in splits["val"]}
     assert len(classes(splits["train"])) == 4
     assert sum(map(len, splits.values())) == 139
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches to train on
+
+
+def test_flips_swap_sides_or_do_not_happen(pictures):
+    samples = load_dataset(pictures / "manifest.csv")
+    prompts = {name: [f"prompt {name}"] for name in SHAPES}
+    settings = SimpleNamespace(seed=0, batch_size=4, flip="swap")
+
+    def items_of(samples, prompts, epoch=0):
+        return [item for batch in training_batches(samples, prompts, settings, epoch, 32, 0) for item in batch]
+
+    items = [item for epoch in range(3) for item in items_of(samples, prompts, epoch)]
+    assert len(items) == 3 * len(samples)
+    seen, columns = [], torch.arange(32.0)
+    for pixels, label, prompt, caption in items:
+        assert prompt == f"prompt {label}"
+        red = torch.from_numpy(pixels[..., 0].astype(float) - pixels[..., 1]).clamp(min=0).sum(0)  # in each column
+        if "half" in label and red[[0, -1]].max() > 10 * red[[0, -1]].min():
+            side = "left" if (red * columns).sum() / red.sum() < columns.mean() else "right"
+            assert label == f"half-{side}" and side in caption
+            seen.append(label)
+    assert min(seen.count("half-left"), seen.count("half-right")) > 5
+    one_sided = [s for s in samples if s.label != "half-right"]
+    one_sided_prompts = {name: texts for name, texts in prompts.items() if name != "half-right"}
+    assert "half-right" not in [label for _, label, _, _ in items_of(one_sided, one_sided_prompts)]
+
+    settings.flip = "naive"
+    items = items_of(samples, prompts)
+    assert sorted(label for _, label, _, _ in items) == sorted(sample.label for sample in samples)
+    centres = {}
+    for pixels, label, _, _ in items:
+        red = torch.from_numpy(pixels[..., 0].astype(float) - pixels[..., 1]).clamp(min=0).sum(0)
+        centres.setdefault(label, []).append(float((red * columns).sum() / red.sum()) if red.sum() else 0.0)
+    for label in ("half-left", "half-right"):
+        assert min(centres[label]) < 14 and max(centres[label]) > 18  # mirrored, and still called what it was

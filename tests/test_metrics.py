@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 from torch.nn.functional import normalize, one_hot
 
-from metrics import accuracy, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
+from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
 
 examples = settings(deadline=None, max_examples=100, derandomize=True)
 pytestmark = pytest.mark.filterwarnings("ignore:A single label was found")  # scikit-learn, of one class
@@ -25,6 +25,14 @@ def assert_as_in_scikit_learn(labels, predictions, num_classes):
     assert accuracy(confusion) == pytest.approx(sklearn_metrics.accuracy_score(labels, predictions), rel=1e-6)
     expected = sklearn_metrics.f1_score(labels, predictions, average="macro", zero_division=0)
     assert macro_f1(confusion) == pytest.approx(expected, rel=1e-6)
+    precision, recall, _, support = sklearn_metrics.precision_recall_fscore_support(
+        labels, predictions, labels=range(num_classes), zero_division=math.nan
+    )
+    rows = by_class(confusion, range(num_classes))
+    assert [row["images"] for row in rows.values()] == support.tolist()
+    for name, theirs in (("precision", precision), ("recall", recall)):
+        ours = [math.nan if row[name] is None else row[name] for row in rows.values()]
+        assert ours == pytest.approx(theirs.tolist(), nan_ok=True)
 
 
 @given(st.integers(1, 8), st.data())

@@ -4,7 +4,6 @@ Fetches model.safetensors (599 MB) and merges.txt from Hugging Face into weights
 on where it stopped, and a file gets its name only when its SHA-256 is right.
 """
 
-import argparse
 import hashlib
 import http.client
 import os
@@ -16,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
+from cli import Parser
 from errors import UserError, run_script
 
 REPOSITORY = "openai/clip-vit-base-patch16"
@@ -91,7 +91,7 @@ def download(url, file, digest):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "clip-vit-b-16", help="where to put it")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     parser.add_argument("--endpoint", default=endpoint, help="Hugging Face or a mirror of it")

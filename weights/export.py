@@ -4,7 +4,6 @@ The folder gets model.safetensors, with adapters merged, by Hugging Face's tenso
 class head are no part of CLIP, so the run must be one of `train.py --fusion none`. weights/phantom was made so.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,15 +11,16 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from checkpoint import save_clip
+from cli import Parser
 from errors import UserError, run_script
 from runs import find_run, load_run
 from tokenizer import save_merges
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a fine-tuned model's folder")
+    parser.add_argument("folder", type=Path, help="where to write the weights")
     args = parser.parse_args()
     model, tokenizer, _ = load_run(find_run(args.run), torch.device("cpu"))
     if model.fusion is not None:

@@ -29,13 +29,13 @@ SIDED = ("nose-right", "nose-left", "ear-right", "ear-left")
 
 def fresh_accuracy(run, samples):
     """→ accuracy and laterality of a run on images it has never met."""
-    model, _, info = load_run(run, torch.device("cpu"))
+    model, _, metadata = load_run(run, torch.device("cpu"))
     with torch.inference_mode():
         features = encode_images(model, [s.image for s in samples], torch.device("cpu"), 32, 2)
         predictions = model.classify(features).argmax(1)
-    labels = torch.tensor([info["classes"].index(s.label) for s in samples])
-    confusion = confusion_matrix(labels, predictions, len(info["classes"]))
-    sided = [info["classes"].index(name) for name in SIDED]
+    labels = torch.tensor([metadata.classes.index(s.label) for s in samples])
+    confusion = confusion_matrix(labels, predictions, len(metadata.classes))
+    sided = [metadata.classes.index(name) for name in SIDED]
     return accuracy(confusion), (confusion.diagonal()[sided].sum() / confusion[sided].sum()).item()
 
 
@@ -57,7 +57,7 @@ def main():
                 command = [sys.executable, TRAIN, "--flip", flip, "--seed", str(seed), "--run", run]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             row = json.loads((run / "metrics.json").read_text())
-            row["laterality"] = statistics.mean(row["class_recall"][name] for name in SIDED)
+            row["laterality"] = statistics.mean(row["by_class"][name]["recall"] for name in SIDED)
             row["fresh_accuracy"], row["fresh_laterality"] = fresh_accuracy(run, samples)
             rows.append({key: value for key, value in row.items() if isinstance(value, float)})
         print(f"--flip {flip}: mean over seeds {args.seeds}, and each")

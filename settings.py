@@ -1,0 +1,147 @@
+"""The settings of a training: their meaning, types, ranges and defaults, in one place.
+
+Each field of `Settings` is a flag of train.py. Values are checked alike, whether they come from a command line or from
+a run's file.
+"""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from checkpoint import base_folder
+from errors import UserError
+from fusion import MODES
+from lora import PROJECTIONS, TOWERS
+
+# Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one;
+# adapters of the small model on phantoms.
+DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120), "phantom": (2e-3, 7)}
+
+
+def setting(kind, help, default=MISSING, low=-math.inf, high=math.inf, choices=None, listed=False):
+    """A field of `Settings`. kind: bool, int, float or str; listed: a tuple of them, a flag with commas; low and high:
+    the range, both included."""
+    expected = {"kind": kind, "low": low, "high": high, "choices": choices, "listed": listed}
+    return field(default=default, metadata={"help": help, "expected": expected})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that decides a training, beside the images and the prompts. Kept in the run's metadata. Raises UserError
+    where a value is of the wrong type or out of its range."""
+
+    data: str = setting(str, "folder with a sub-folder for each class, manifest, ENTRep folder, or phantom", "phantom")
+    weights: str = setting(
+        str,
+        "base model: clip-vit-b-16, phantom, scratch (a new small model), or a path to CLIP weights; "
+        "default: phantom for --data phantom, else clip-vit-b-16",
+    )
+    split: str = setting(
+        str, "how to hold images out, see data.py", "auto", choices=("auto", "random", "group", "manifest")
+    )
+    seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
+    batch_size: int = setting(int, "images in a step", 32, low=1)
+    epochs: int = setting(int, "times that each image is seen; default: 20, from scratch 120, phantoms 7", low=1)
+    lr: float = setting(
+        float,
+        "peak learning rate; default: 5e-4 for adapters (2e-3 on phantoms), 1e-5 with --full, 1e-3 from scratch",
+        low=0,
+    )
+    weight_decay: float = setting(float, "AdamW's, on matrices", 0.05, low=0)
+    warmup: float = setting(float, "share of the steps in which the learning rate grows", 0.1, low=0, high=1)
+    flip: str = setting(
+        str,
+        "swap: mirror images, and swap left and right in their texts; none: don't mirror; naive: mirror, but leave the "
+        "texts as they are, which is wrong",
+        "swap",
+        choices=("swap", "none", "naive"),
+    )
+
+    fusion: str = setting(str, "how levels are fused, see fusion.py", "gate", choices=(*MODES, "none"))
+    levels: tuple[int, ...] | None = setting(
+        int, "blocks whose CLS tokens are fused; default: those at the quarters of the depth", None, low=1, listed=True
+    )
+    slerp: float = setting(float, "probability of mixing an embedding with another of its class", 0.5, low=0, high=1)
+    contrastive: float = setting(float, "weight λ of the contrastive loss", 0.5, low=0)
+    full: bool = setting(bool, "train every weight instead of adapters; always so from scratch", False)
+    lora_rank: int = setting(int, "dimensions of each adapter; 0: no adapters", 8, low=0)
+    lora_alpha: float = setting(float, "the adapters' output is scaled by alpha / rank", 16.0, low=0)
+    lora_dropout: float = setting(float, "share of the adapters' inputs that is zeroed", 0.0, low=0, high=1)
+    lora_projections: tuple[str, ...] = setting(
+        str, f"of {', '.join(PROJECTIONS)}", ("q", "k", "v", "out"), choices=tuple(PROJECTIONS), listed=True
+    )
+    lora_blocks: tuple[int, ...] | None = setting(
+        int, "block numbers from 1 on; default: all", None, low=1, listed=True
+    )
+    lora_towers: tuple[str, ...] = setting(str, f"of {', '.join(TOWERS)}", TOWERS, choices=TOWERS, listed=True)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, expected = getattr(self, f.name), f.metadata["expected"]
+            if value is None and f.default is None:
+                continue
+            items = value if expected["listed"] else (value,)
+            if not (isinstance(items, tuple) and items and all(_fits(item, **expected) for item in items)):
+                raise UserError(f"{_flag(f)} should be {_describe(**expected)}, not {value!r}")
+
+    @classmethod
+    def from_flags(cls, args):
+        """The parsed flags, with paths made absolute and what was left out filled in."""
+        given = {f.name: getattr(args, f.name) for f in fields(cls)}
+        data = args.data if args.data == "phantom" else str(Path(args.data).resolve())
+        weights = args.weights or ("phantom" if data == "phantom" else "clip-vit-b-16")
+        scratch, full = weights == "scratch", args.full or weights == "scratch"
+        small = data == weights == "phantom"
+        lr, epochs = DEFAULTS["scratch" if scratch else "full" if full else "phantom" if small else "adapters"]
+        if not scratch and base_folder(weights) == Path(weights):  # a path, not a name
+            weights = str(Path(weights).resolve())
+        given |= {"data": data, "weights": weights, "full": full}
+        given |= {"lr": lr} if args.lr is None else {}
+        given |= {"epochs": epochs} if args.epochs is None else {}
+        return cls(**given)
+
+
+def add_settings(parser):
+    """Add a flag for each field of `Settings`, in two groups. One without a default gives None where it is left out."""
+    add = parser.add_argument_group("training").add_argument
+    for f in fields(Settings):
+        if f.name == "fusion":
+            add = parser.add_argument_group("method").add_argument
+        expected, default = f.metadata["expected"], None if f.default is MISSING else f.default
+        kind = expected["kind"]
+        options = {"help": f.metadata["help"], "default": default}
+        if kind is bool:
+            options["action"] = "store_true"
+        elif expected["listed"]:
+
+            def listed(text, kind=kind):
+                return tuple(kind(item) for item in text.split(","))
+
+            listed.__name__ = "list"  # as argparse's messages call it
+            options |= {"type": listed, "default": default and ",".join(default), "metavar": "A,B,…"}
+        else:
+            options |= {"type": kind, "choices": expected["choices"]}
+        add(_flag(f), **options)
+
+
+def _flag(f):
+    return "--" + f.name.replace("_", "-")
+
+
+def _fits(item, kind, low, high, choices, **_):
+    if isinstance(item, bool) or kind is bool:
+        return isinstance(item, bool) and kind is bool
+    if kind is str:
+        return isinstance(item, str) and (choices is None or item in choices)
+    return isinstance(item, (int, float) if kind is float else int) and low <= item <= high
+
+
+def _describe(kind, low, high, choices, listed):
+    noun = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    if choices:
+        noun = f"one of {', '.join(choices)}"
+    elif high < math.inf:
+        noun += f" from {low:g} to {high:g}"
+    elif low > -math.inf:
+        noun += f" of {low:g} or more"
+    return f"a list, each item {noun}" if listed else noun

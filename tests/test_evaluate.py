@@ -1,0 +1,97 @@
+"""evaluate.py: figures of held-out and of other images."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import mistake
+from shapes import SHAPES
+
+import checkpoint
+import classify
+import evaluate
+import runs
+from data import load_dataset
+from fusion import FusedCLIP
+from metrics import retrieval_metrics
+
+
+def test_images_of_the_same_group_are_not_searched(pictures, base):
+    samples = load_dataset(pictures / "manifest.csv")
+    model, tokenizer = checkpoint.load_base(str(base))
+    model = FusedCLIP(model, len(SHAPES), mode="none").eval()
+    metadata = SimpleNamespace(classes=sorted(SHAPES), prompts={name: [name] for name in SHAPES})
+
+    def figures(samples):
+        return evaluate.evaluate(model, tokenizer, samples, metadata, torch.device("cpu"), 8, 0)
+
+    every, one_group = figures(samples), figures([s for s in samples if s.group.endswith("0")])
+    assert one_group["i2i_mrr"] is None and one_group["t2i_mrr"] is not None
+    images = runs.encode_images(model, [s.image for s in samples], torch.device("cpu"), 8, 0)
+    similarity = (
+        torch.nn.functional.normalize(images.double(), dim=1) @ torch.nn.functional.normalize(images.double()).T
+    )
+    ranks = []
+    for query, scores in zip(samples, similarity.tolist(), strict=True):
+        others = sorted(
+            (-score, other.label == query.label)
+            for other, score in zip(samples, scores, strict=True)
+            if other.group != query.group
+        )
+        ranks.append(1 + [relevant for _, relevant in others].index(True))
+    assert every["i2i_mrr"] == pytest.approx(retrieval_metrics(torch.tensor(ranks))["mrr"])
+    recalls = [row["recall"] for row in every["by_class"].values()]
+    assert every["by_class"].keys() == SHAPES.keys()
+    assert sum(recalls) / 3 == pytest.approx(every["accuracy"])  # classes of the same size
+
+
+def test_a_runs_own_held_out_images_give_exactly_its_metrics(script, trained):
+    status, out, err = script(evaluate, "--run", trained, "--json")
+    assert status == 0 and "val" in err
+    figures, metrics = json.loads(out), json.loads((trained / "metrics.json").read_text())
+    assert {key: metrics[key] for key in figures} == figures
+    rest = {key for key in metrics if not key.startswith("zero_shot_")} - figures.keys()
+    assert rest == {"split", "epoch", "train_seconds"}
+
+
+def test_the_table_shows_every_class_and_search(script, trained):
+    _, out, _ = script(evaluate, "--run", trained, "--json")
+    figures = json.loads(out)
+    status, out, _ = script(evaluate, "--run", trained)
+    assert status == 0
+    rows = {line.split("  ")[0]: line.split()[-3:] for line in out.splitlines()}
+    for name in SHAPES:
+        row = figures["by_class"][name]
+        shown = ["–" if row[key] is None else f"{row[key]:.3f}" for key in ("recall", "precision")]
+        assert rows[name] == [str(row["images"]), *shown]
+    assert rows["text→image, same caption"][-1] == f"{figures['t2i_caption_mrr']:.3f}"
+    assert f"accuracy {figures['accuracy']:.3f}" in out
+
+
+def test_other_labelled_images_are_all_evaluated(script, trained, pictures):
+    status, out, _ = script(evaluate, "--run", trained, "--data", pictures / "images", "--json")
+    figures = json.loads(out)
+    assert status == 0 and [row["images"] for row in figures["by_class"].values()] == [6, 6, 6]
+    _, out, _ = script(classify, "--run", trained, "--json", pictures / "images")
+    right = [result["class"] in result["image"] for result in json.loads(out)]
+    assert figures["accuracy"] == pytest.approx(sum(right) / 18)
+    assert "t2i_caption_mrr" not in figures
+
+
+def test_a_part_of_the_classes_is_enough(script, trained, pictures, tmp_path):
+    for label in ("half-left", "half-right"):
+        shutil.copytree(pictures / "images" / label, tmp_path / "other" / label)
+    status, out, _ = script(evaluate, "--run", trained, "--data", tmp_path / "other")
+    assert status == 0
+    assert next(line for line in out.splitlines() if line.startswith("field-green")).split()[1:3] == ["0", "–"]
+
+
+def test_images_that_cannot_be_evaluated_are_one_line(script, trained, pictures, tmp_path):
+    one_class = pictures / "images" / "half-left"
+    assert "has no label" in mistake(script(evaluate, "--run", trained, "--data", one_class))
+    shutil.copytree(one_class, tmp_path / "other" / "half-top")
+    shutil.copytree(one_class, tmp_path / "other" / "half-left")
+    line = mistake(script(evaluate, "--run", trained, "--data", tmp_path / "other"))
+    assert "does not know: half-top;" in line and "half-right" in line

@@ -1,0 +1,98 @@
+"""retrieve.py as a user runs it, and its contact sheet."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+from PIL import Image
+from shapes import SHAPES, draw
+
+import retrieve
+import runs
+import train
+
+
+def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictures, tmp_path):
+    example = pictures / "images/field-green/0.png"
+    queries = {"text": ["--text", "a green shape"], "image": ["--image", example]}
+    queries["both"] = queries["text"] + queries["image"]
+    found = {}
+    for name, query in queries.items():
+        status, out, err = script(retrieve, "--run", trained, *query, "--json", "--top", 20)
+        assert status == 0, err
+        found[name] = json.loads(out)
+        scores = [r["score"] for r in found[name]]
+        assert scores == sorted(scores, reverse=True) and [r["rank"] for r in found[name]] == list(
+            range(1, len(scores) + 1)
+        )
+    assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 17  # not the example itself
+
+    model, tokenizer, _ = runs.load_run(trained, torch.device("cpu"))
+    text = runs.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
+    images = runs.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
+    assert torch.cosine_similarity(text, images).tolist() == pytest.approx(
+        [r["score"] for r in found["text"]], abs=1e-4
+    )
+    for mix, name in ((0, "image"), (1, "text")):
+        _, out, _ = script(retrieve, "--run", trained, *queries["both"], "--mix", mix, "--json", "--top", 17)
+        expected = [r["image"] for r in found[name] if r["image"] != str(example)]
+        assert [r["image"] for r in json.loads(out)] == expected
+
+
+def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, tmp_path, monkeypatch):
+    gallery = tmp_path / "gallery"
+    for label in SHAPES:
+        (gallery / label).mkdir(parents=True)
+        for i in range(3):
+            (gallery / label / f"{i}.png").write_bytes((pictures / "images" / label / f"{i}.png").read_bytes())
+    assert script(train, "--data", gallery, "--weights", base, "--epochs", 1, "--run", "runs/a")[0] == 0
+    encoded, encode = [], retrieve.encode_images
+
+    def counted(model, files, *rest):
+        encoded.append([file.name for file in files])
+        return encode(model, files, *rest)
+
+    monkeypatch.setattr(retrieve, "encode_images", counted)
+
+    def search():
+        encoded.clear()
+        status, out, err = script(retrieve, "--text", "red", "--json")  # the newest run, and its data
+        assert status == 0, err
+        return json.loads(out), sum(map(len, encoded))
+
+    first, count = search()
+    assert count == 9
+    again, count = search()
+    assert count == 0 and again == first
+    draw("all", "blue", random.Random(1)).save(gallery / "half-left/1.png")
+    draw("all", "blue", random.Random(1)).save(gallery / "half-left/new.png")
+    os.utime(gallery / "half-left/1.png", ns=(1, 1))
+    changed, count = search()
+    assert count == 2 and len(changed) == 10
+    (gallery / "half-left/new.png").unlink()
+    assert search()[1] == 0
+    (tmp_path / "runs/a/index.safetensors").write_bytes(b"damaged")
+    assert search()[1] == 9
+    assert script(train, "--data", gallery, "--weights", base, "--epochs", 1, "--run", "runs/b", "--seed", 1)[0] == 0
+    assert search()[1] == 9  # the newest run is another model now
+
+
+def test_the_contact_sheet_shows_every_result(script, trained, pictures, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    arguments = ["--text", "red " * 60, "--image", pictures / "images/half-left/0.png", "--top", 7, "--sheet", sheet]
+    assert script(retrieve, "--run", trained, *arguments)[0] == 0
+    image = Image.open(sheet).convert("RGB")
+    assert image.width == 5 * (224 + 16) + 16
+    cards = [(16 + i % 5 * 240, image.height - (2 - i // 5) * 324) for i in range(10)]
+    ranges = [image.crop((x, y, x + 224, y + 224)).convert("L").getextrema() for x, y in cards]
+    assert all(high - low > 20 for low, high in ranges[:7]) and all(high == low for low, high in ranges[7:])
+
+
+def test_a_folder_without_labels_can_be_searched(script, trained, pictures, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i, label in enumerate(SHAPES):
+        (tmp_path / f"flat/{i}.png").write_bytes((pictures / "images" / label / "0.png").read_bytes())
+    status, out, _ = script(retrieve, "--run", trained, "--data", tmp_path / "flat", "--text", "green")
+    assert status == 0 and all(line.split()[2].endswith("?") for line in out.splitlines()[1:])

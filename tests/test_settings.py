@@ -1,0 +1,79 @@
+"""settings.py: one check for flags and for a run's file."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from conftest import mistake
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import classify
+import train
+from errors import UserError
+from runs import Metadata
+from settings import Settings
+
+GIVEN = {"weights": "phantom", "epochs": 3, "lr": 1e-3}
+
+
+def test_defaults_fit_their_own_ranges():
+    assert Settings(**GIVEN).lora_projections == ("q", "k", "v", "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("epochs", 0, "--epochs should be a whole number of 1 or more, not 0"),
+        ("epochs", 2.0, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("lr", -1e-3, "a number of 0 or more"),
+        ("lr", float("nan"), "a number of 0 or more"),
+        ("lr", "fast", "a number of 0 or more, not 'fast'"),
+        ("slerp", 1.1, "a number from 0 to 1"),
+        ("fusion", "sum", "one of gate"),
+        ("full", 1, "true or false"),
+        ("levels", (3, 0), "a list, each item a whole number of 1 or more"),
+        ("levels", (), "a list"),
+        ("lora_projections", ("q", "qkv"), "one of q, k, v"),
+        ("lora_projections", "q", "a list"),
+        ("data", None, "a text"),
+    ],
+)
+def test_what_is_of_another_type_or_out_of_range_is_named_by_its_flag(name, value, says):
+    with pytest.raises(UserError) as error:
+        Settings(**GIVEN | {name: value})
+    assert str(error.value).startswith("--" + name.replace("_", "-")) and says in str(error.value)
+
+
+def test_settings_survive_json():
+    settings = Settings(**GIVEN, levels=(2, 4), full=True, lora_dropout=0.5)
+    stored = json.loads(json.dumps({"settings": asdict(settings), "classes": ["a"], "prompts": {}, "base": {}}))
+    assert Metadata.read(stored, "file").settings == settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--epochs", 0], "--epochs should be a whole number of 1 or more"),
+        (["--epochs", "many"], "--epochs: invalid int value"),
+        (["--warmup", 2], "--warmup should be a number from 0 to 1"),
+        (["--lr", "nan"], "--lr should be"),
+        (["--levels", "3,x"], "--levels: invalid list value"),
+        (["--lora-projections", "q,qkv"], "--lora-projections should be a list"),
+        (["--seed", -1], "--seed should be"),
+    ],
+)
+def test_odd_flags_are_one_line(script, pictures, base, flags, says):
+    line = mistake(script(train, "--data", pictures / "images", "--weights", base, *flags))
+    assert says in line
+
+
+def test_odd_settings_in_a_runs_file_are_one_line(script, trained, pictures, tmp_path):
+    file = trained / "adapter.safetensors"
+    with safe_open(file, "pt") as f:
+        stored = json.loads(f.metadata()["info"])
+    for key, value in (("fusion", "sum"), ("slerp", "often"), ("unheard_of", 1)):
+        changed = {**stored, "settings": {**stored["settings"], key: value}}
+        save_file(load_file(file), tmp_path / file.name, metadata={"info": json.dumps(changed)})
+        assert key in mistake(script(classify, "--run", tmp_path, pictures / "images"))
