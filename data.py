@@ -116,12 +116,12 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2):
         splits = _split_by_group(samples, seed, fraction)
     else:
         splits = _split_randomly(samples, seed, fraction)
-    classes = {sample.label for sample in splits["train"]}
+    classes = class_names(splits["train"])
     if len(classes) < 2:
-        found = f"one class only, {classes.pop()!r}" if classes else "nothing"
+        found = f"one class only, {classes[0]!r}" if classes else "nothing"
         raise UserError(f"there is {found} to train on; give images of two classes or more")
     for name in ("val", "test"):
-        unknown = sorted({sample.label for sample in splits[name]} - classes)
+        unknown = sorted(set(class_names(splits[name])) - set(classes))
         if unknown:
             raise UserError(f"the {name} split has labels that train lacks: {', '.join(unknown)}; move some to train")
     if not splits["val"]:
@@ -137,6 +137,18 @@ def class_names(samples):
 def held_out(splits):
     """The name of the split whose figures count: test, which no epoch was chosen by, else val."""
     return "test" if splits["test"] else "val"
+
+
+def describe(splits):
+    """→ a text: how many images there are, and which classes cannot be validated or tested."""
+    classes = class_names(splits["train"])
+    counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items() if part)
+    lines = [f"{sum(map(len, splits.values())):,} images of {len(classes)} classes: {counts}"]
+    for name in ("val", "test"):
+        lacking = set(classes) - set(class_names(splits[name]))
+        if splits[name] and lacking:
+            lines.append(f"note: {name} has no image of {', '.join(sorted(lacking))}")
+    return "\n".join(lines)
 
 
 def _by_label(samples):

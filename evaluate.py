@@ -53,6 +53,12 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
     return results
 
 
+def selection_score(results):
+    """What the best epoch is best in: the mean of the three tasks' figures, as far as the split has them."""
+    values = [results[key] for key in ("macro_f1", "i2i_mrr", "t2i_mrr") if results[key] is not None]
+    return sum(values) / len(values)
+
+
 def _numbers(names):
     """Hashable names → (N,) int64: equal ones get the same number."""
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}

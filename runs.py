@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,6 +141,14 @@ class State:
     scaler: dict = field(default_factory=dict)  # GradScaler's
 
 
+class Saved(NamedTuple):
+    """What last.safetensors holds."""
+
+    metadata: Metadata
+    state: State
+    tensors: dict
+
+
 def new_run(args):
     """→ the folder to train into, its Settings, and None for what was saved there."""
     settings = Settings.from_flags(args)
@@ -151,17 +160,17 @@ def new_run(args):
 
 
 def resumed_run(run):
-    """→ the folder of an interrupted run, its Settings, and what was saved there: (Metadata, State, tensors)."""
+    """→ the folder of an interrupted run, its Settings, and what was Saved there."""
     run = find_run(run, "last.safetensors")
     file = run / "last.safetensors"
     tensors, stored = read_safetensors(file)
     if (run / "metrics.json").exists():
         raise UserError(f"{run} is finished, there is nothing to resume; train a new one without --resume")
     try:
-        metadata, state = Metadata.read(stored, file), State(**stored["state"])
+        saved = Saved(Metadata.read(stored, file), State(**stored["state"]), tensors)
     except (KeyError, TypeError):
         raise UserError(f"{file} is of another version; train again") from None
-    return run, metadata.settings, (metadata, state, tensors)
+    return run, saved.metadata.settings, saved
 
 
 def load_run(run, device, weights=None, merge=True):

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 from checkpoint import read_safetensors, write_safetensors
 from cli import Parser, Progress, add_machine_flags, autocast, find_device, mixed_precision
-from data import class_names, held_out, load_dataset, split_dataset, training_batches
+from data import class_names, describe, held_out, load_dataset, split_dataset, training_batches
 from errors import UserError, run_script
-from evaluate import evaluate, summary, table
+from evaluate import evaluate, selection_score, summary, table
 from fusion import slerp_mix
 from images import normalize
 from kernels import contrastive_loss
@@ -39,10 +39,10 @@ from settings import add_settings
 
 def parse_arguments():
     parser = Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--run", type=Path, help="folder to train into, by default a new one in runs/; with --resume the newest there")
-    add("--resume", action="store_true", help="go on with an interrupted run; its settings are kept")
-    add("--prompts", type=Path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
+    run_help = "folder to train into, by default a new one in runs/; with --resume the newest there"
+    parser.add_argument("--run", type=Path, help=run_help)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; its settings are kept")
+    parser.add_argument("--prompts", type=Path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
     add_machine_flags(parser)
     add_settings(parser)
     return parser.parse_args()
@@ -95,8 +95,8 @@ class Optimization:
         """images: how many there are in an epoch."""
         self.parameters = trained_parameters(model)
         matrices = [p for p in self.parameters.values() if p.dim() >= 2]
-        vectors = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        others = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
         self.peak = settings.lr
@@ -135,9 +135,8 @@ def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device
     torch.manual_seed(1_000_003 * metadata.settings.seed + epoch)  # dropout and slerp: every epoch on its own
     model.train()
     progress, seen, total_loss = Progress(len(samples)), 0, 0.0
-    batches = training_batches(
-        samples, metadata.prompts, metadata.settings, epoch, model.clip.config.image_size, workers
-    )
+    size = model.clip.config.image_size
+    batches = training_batches(samples, metadata.prompts, metadata.settings, epoch, size, workers)
     for step, items in enumerate(batches, start=(epoch - 1) * optimization.steps_per_epoch):
         loss = joint_loss(model, tokenizer, items, metadata, device)
         optimization.step(loss, step)
@@ -153,33 +152,50 @@ def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device
 # A training
 
 
-def selection_score(results):
-    """What the best epoch is best in: the mean of the three tasks' figures, as far as the split has them."""
-    values = [results[key] for key in ("macro_f1", "i2i_mrr", "t2i_mrr") if results[key] is not None]
-    return sum(values) / len(values)
+def begin(run, zero_shot):
+    """A new training, after the figures of the untrained model → State."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("")
+    print(f"untrained    {summary(zero_shot)}", flush=True)
+    return State(zero_shot)
 
 
-def restore(model, optimization, tensors, state, device, run):
-    """Set the model and the optimizer back to where the run was interrupted."""
+def resume(run, saved, metadata, classes, model, optimization, device):
+    """Set model and optimizer back to where the run was interrupted → State."""
+    if classes != saved.metadata.classes:
+        raise UserError(f"{metadata.settings.data} has other classes than when {run} was begun; train a new run")
+    if metadata.base != saved.metadata.base:
+        raise UserError(f"{metadata.settings.weights} has other weights than when {run} was begun; train a new run")
     prefix = "model."
-    trained = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    trained = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
     load_trained(model, trained, run / "last.safetensors")
-    optimization.restore(tensors, device)
-    optimization.scaler.load_state_dict(state.scaler)
+    optimization.restore(saved.tensors, device)
+    optimization.scaler.load_state_dict(saved.state.scaler)
     log = run / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[: state.epoch]))
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[: saved.state.epoch]))
+    print(f"resuming after epoch {saved.state.epoch}", flush=True)
+    return saved.state
 
 
-def print_overview(run, settings, splits, classes, model, device):
-    images = sum(map(len, splits.values()))
-    counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items() if part)
-    print(f"{images:,} images of {len(classes)} classes: {counts}")
-    trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
-    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
-    for name in ("val", "test"):
-        lacking = set(classes) - {sample.label for sample in splits[name]}
-        if splits[name] and lacking:
-            print(f"note: {name} has no image of {', '.join(sorted(lacking))}")
+def keep(run, metadata, state, optimization, loss, results):
+    """After an epoch: its line in the log, the model if it is the best so far, and all that resuming needs."""
+    print(f"epoch {state.epoch:2}/{metadata.settings.epochs}  loss {loss:.3f}  {summary(results)}", flush=True)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"epoch": state.epoch, "loss": loss, **results}) + "\n")
+    if selection_score(results) >= state.best_score:
+        state.best_score, state.best = selection_score(results), {"epoch": state.epoch, **results}
+        write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
+    state.scaler = optimization.scaler.state_dict()
+    write_safetensors(run / "last.safetensors", optimization.tensors(), {**asdict(metadata), "state": asdict(state)})
+
+
+def finish(run, state, split, results):
+    """The figures of the best epoch, on the split that counts: kept and shown."""
+    untrained = {f"zero_shot_{key}": value for key, value in state.zero_shot.items()}
+    metrics = {"split": split, **state.best, **results, **untrained, "train_seconds": round(state.seconds, 1)}
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"best epoch {metrics['epoch']}, on {split}:\n{table(metrics)}")
+    print(f"{state.seconds:.0f} s of training; the model is in {run}")
 
 
 def main():
@@ -187,59 +203,36 @@ def main():
     device = find_device(args.device)
     run, settings, saved = resumed_run(args.run) if args.resume else new_run(args)
 
-    # The data and the model.
     splits = split_dataset(load_dataset(settings.data), settings.split, settings.seed)
     classes = class_names(splits["train"])
-    if saved and saved[0].classes != classes:
-        raise UserError(f"{settings.data} has other classes than when {run} was begun; train a new run")
-    prompts = saved[0].prompts if saved else class_prompts(classes, args.prompts)
+    prompts = saved.metadata.prompts if saved else class_prompts(classes, args.prompts)
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
-    if saved and saved[0].base != metadata.base:
-        raise UserError(f"{settings.weights} has other weights than when {run} was begun; train a new run")
     model.to(device)
     optimization = Optimization(model, settings, len(splits["train"]), device)
-    print_overview(run, settings, splits, classes, model, device)
+    trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
+    print(describe(splits))
+    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
 
     def figures(split):
         return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, args.workers)
 
-    # Where to start.
-    run.mkdir(parents=True, exist_ok=True)
     if saved:
-        _, state, tensors = saved
-        restore(model, optimization, tensors, state, device, run)
-        print(f"resuming after epoch {state.epoch}", flush=True)
+        state = resume(run, saved, metadata, classes, model, optimization, device)
     else:
-        state = State(zero_shot=figures(held_out(splits)))
-        print(f"untrained    {summary(state.zero_shot)}", flush=True)
-        (run / "metrics.jsonl").write_text("")
-
+        state = begin(run, figures(held_out(splits)))
     for epoch in range(state.epoch + 1, settings.epochs + 1):
         start = time.monotonic()
         loss = train_epoch(model, tokenizer, splits["train"], metadata, epoch, optimization, device, args.workers)
         results = figures("val")
         state.epoch, state.seconds = epoch, state.seconds + time.monotonic() - start
-        state.scaler = optimization.scaler.state_dict()
-        print(f"epoch {epoch:2}/{settings.epochs}  loss {loss:.3f}  {summary(results)}", flush=True)
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"epoch": epoch, "loss": loss, **results}) + "\n")
-        if selection_score(results) >= state.best_score:
-            state.best_score, state.best = selection_score(results), {"epoch": epoch, **results}
-            write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
-        write_safetensors(
-            run / "last.safetensors", optimization.tensors(), {**asdict(metadata), "state": asdict(state)}
-        )
+        keep(run, metadata, state, optimization, loss, results)
 
-    # The figures of the best epoch. It was chosen by val, which flatters; a test split has not been looked at before.
-    final = dict(state.best)
+    # The best epoch was chosen by val, which flatters it. A test split has not been looked at before.
+    results = {}
     if splits["test"]:
         load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
-        final |= figures("test")
-    untrained = {f"zero_shot_{key}": value for key, value in state.zero_shot.items()}
-    metrics = {"split": held_out(splits), **final, **untrained, "train_seconds": round(state.seconds, 1)}
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"best epoch {final['epoch']}, on {held_out(splits)}:\n{table(final)}")
-    print(f"{state.seconds:.0f} s of training; the model is in {run}")
+        results = figures("test")
+    finish(run, state, held_out(splits), results)
 
 
 if __name__ == "__main__":
