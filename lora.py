@@ -1,12 +1,25 @@
 """Low-rank adaptation (LoRA): fine-tune a large linear layer by training a thin detour around it.
 
+    x (in) ──┬──────────────── W x + b, frozen ─────────────────┬── y (out)
+             └── dropout ── A: in → rank ── B: rank → out ── · alpha / rank ──┘  trained
+
     y = W x + b  +  (alpha / rank) · B A x          A: (rank, in), B: (out, rank), rank ≪ in, out
 
-W and b stay frozen; only A and B are trained. B starts at zero, so an untrained adapter changes nothing; once trained,
-B A can be added into W, so a merged one costs nothing.
+The idea: what fine-tuning changes in a weight matrix has low rank, so two thin matrices can hold it. For W of 768 × 768
+and rank 8 they have 12,288 numbers instead of 589,824.
+
+- B starts at zero, so an untrained adapter changes nothing. A must not be zero as well: with g the gradient of y,
+  ∂loss/∂B = g (A x)ᵀ and ∂loss/∂A = Bᵀ g xᵀ (times alpha / rank). If B alone is zero, B gets a gradient at once, and A
+  from the second step on. If both are, both gradients are zero, and stay so.
+- B A x is a sum of `rank` terms. Dividing by the rank keeps its size about the same for every rank, so a learning rate
+  found with one rank serves another. alpha sets that size.
+- Trained, (alpha / rank) · B A can be added to W, for good: a *merged* adapter costs nothing.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). Names, initialization and
 scaling are those of Hugging Face's PEFT, so that adapters can be exchanged with it.
+
+Try changing this: start A at zero too (`nn.init.zeros_`): both gradients that `python lora.py` prints are 0. Start B at
+random: the untrained adapters move the embedding. Adapt fc1 and fc2 only: fewer adapters, more parameters.
 """
 
 import math
@@ -37,7 +50,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # uniform within ±1/√in, as PEFT and nn.Linear do
         nn.init.zeros_(self.lora_B.weight)
         self.merged = False
 
@@ -99,19 +112,25 @@ def unmerge_lora(model):
 def main():
     torch.manual_seed(0)
     clip = CLIP(CLIPConfig()).initialize().eval()
+    clip.requires_grad_(False)
     pixels = torch.randn(1, 3, 224, 224)
+    before = clip.encode_image(pixels)
+    layers = add_lora(clip, rank=8)
+    trained = sum(p.numel() for p in clip.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in clip.parameters())
+    print(f"rank 8 on q, k, v and out of all blocks of ViT-B/16: {len(layers)} adapters")
+    print(f"  {trained:,} trainable parameters, {trained / total:.2%} of {total:,}")
+    embedding = clip.encode_image(pixels)
+    print(f"untrained, the image embedding moves by {(embedding - before).abs().max():.1e}")
+    embedding[0, 0].backward()
+    adapter = lora_layers(clip.visual.blocks[-1])[-1]
+    of_A, of_B = (part.weight.grad.norm().item() for part in (adapter.lora_A, adapter.lora_B))
+    print(f"first gradient of an adapter in the last image block: ‖∂/∂A‖ = {of_A:.2g}, ‖∂/∂B‖ = {of_B:.2g}")
     with torch.no_grad():
-        before = clip.encode_image(pixels)
-        layers = add_lora(clip, rank=8)
-        trained = sum(layer.lora_A.weight.numel() + layer.lora_B.weight.numel() for layer in layers)
-        total = sum(p.numel() for p in clip.parameters())
-        print(f"rank 8 on q, k, v and out of all blocks of ViT-B/16: {len(layers)} adapters")
-        print(f"  {trained:,} trainable parameters, {trained / total:.2%} of {total:,}")
-        print(f"untrained, the image embedding moves by {(clip.encode_image(pixels) - before).abs().max():.1e}")
         for layer in layers:
             nn.init.normal_(layer.lora_B.weight, std=0.02)
         adapted = clip.encode_image(pixels)
-        print(f"with random B it moves by {(adapted - before).abs().max():.1e}")
+        print(f"with random B the embedding moves by {(adapted - before).abs().max():.1e}")
         merge_lora(clip)
         print(f"merging the adapters moves that by {(clip.encode_image(pixels) - adapted).abs().max():.1e} (rounding)")
 

@@ -4,11 +4,26 @@
                                                                                                   (512) cosine
     text, ≤ 77 BPE tokens ───────── embeddings ───────── 12 blocks ─ end token ─ LayerNorm ─ projection ─┘
 
-Both towers are stacks of the same pre-norm block; the text tower adds a causal mask. The numbers above are ViT-B/16's;
-`checkpoint.py` reads them off the shapes of any OpenAI-style CLIP ViT checkpoint, in OpenAI's or Hugging Face's names.
+Each half is a *tower*. It turns its input into *tokens*, vectors of one width: an image is cut into patches of 16 × 16
+pixels, a text into pieces of words (tokenizer.py). In the blocks of the transformer the tokens exchange information. In
+the end one token speaks for the whole input: for an image it is an extra one, the *CLS token* ("class token", a learned
+vector put before the patches), for a text its end token. A projection maps each to the same space: the *embedding*.
+
+CLIP was trained on 400 million pairs of an image and its caption. For a batch of N pairs it computes the cosines
+between all N images and all N texts, multiplies them by a learned scale s (up to 100; 1/s is the *temperature*), and
+asks each image to pick its own text among the N by a softmax, and each text its own image: the *contrastive loss*
+(kernels/reference.py). So an image comes to lie near the texts that describe it. That gives a classifier without any
+training on the classes: compare an image with a sentence for each class and take the nearest. It is called
+*zero-shot*, and `python model.py` does it.
+
+The numbers above are ViT-B/16's; `checkpoint.py` reads them off the shapes of any OpenAI-style CLIP ViT checkpoint.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020); the
 behaviour matched is that of github.com/openai/CLIP.
+
+Try changing this: draw the phantoms as scope "B" sees them, which these weights have never met; closed vocal cords are
+then taken for an ear. Swap left and right in the prompts: noses and ears change places. Put `F.gelu(x)` in QuickGELU's
+place: the cosines move by up to 0.02.
 """
 
 import math
@@ -18,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEAD_WIDTH = 64  # every CLIP ViT has width / 64 heads; no checkpoint stores the number, OpenAI's loader infers it too
+HEAD_WIDTH = 64  # OpenAI's CLIP ViTs have width / 64 heads; no checkpoint stores the number, their loader infers it too
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,12 @@ class CLIPConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. q, k and v have a projection each (OpenAI stores them as one matrix), so that LoRA
-    can adapt each by itself."""
+    """Multi-head self-attention: every token compares its query q with the keys k of all tokens, and takes the mean of
+    their values v, weighted by the softmax of q·k / √64. This happens in width / 64 *heads*, each in 64 dimensions.
+
+    causal: a token sees only itself and those before it. q, k and v have a projection each. OpenAI stores the three as
+    one matrix, but a LoRA adapter on that would share its A matrix among them (lora.py).
+    """
 
     def __init__(self, width, causal):
         super().__init__()
@@ -59,6 +78,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers that treat every token by itself."""
+
     def __init__(self, width):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -66,12 +87,15 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.fc1(x)
-        x = x * torch.sigmoid(1.702 * x)  # "QuickGELU": CLIP was trained with this approximation, so GELU would be off
+        # QuickGELU. GELU is x·Φ(x), with Φ the normal distribution function; sigmoid(1.702 x) is within 0.01 of Φ, and
+        # cheaper. CLIP was trained with it, so here the exact GELU would be the wrong one.
+        x = x * torch.sigmoid(1.702 * x)
         return self.fc2(x)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """A transformer block. x is the *residual stream*: attention and MLP only add to it, nothing replaces it. Both read
+    a normalized copy of it (*pre-norm*), so the stream itself runs from the first block to the last untouched."""
 
     def __init__(self, width, causal):
         super().__init__()
@@ -184,21 +208,34 @@ class CLIP(nn.Module):
 
 
 def main():
-    torch.manual_seed(0)
-    clip = CLIP(CLIPConfig()).initialize().eval()
-    count = sum(p.numel() for p in clip.parameters())
-    print(f"CLIP ViT-B/16 with random weights: {count:,} parameters")
-    for name, tower in (("image", clip.visual), ("text", clip.text)):
-        print(f"  {name} tower: {sum(p.numel() for p in tower.parameters()):,}, {len(tower.blocks)} blocks")
-    pixels = torch.randn(2, 3, 224, 224)
-    tokens = torch.tensor([[49406, 320, 1125, 49407, 0, 0]])
+    """Zero-shot classification with the small CLIP of weights/phantom: an image and a prompt of each class."""
+    import numpy as np
+
+    from checkpoint import load_base
+    from images import preprocess
+    from phantom import draw
+    from prompts import ENTREP
+
+    count = sum(p.numel() for p in CLIP(CLIPConfig()).parameters())
+    print(f"CLIP ViT-B/16 has {count:,} parameters; the one used here is smaller")
+    clip, tokenizer = load_base("phantom")
+    images = [draw(name, np.random.default_rng(0), scope="A")[0] for name in ENTREP]
+    pixels = torch.stack([preprocess(image, clip.config.image_size) for image in images])
+    tokens = tokenizer([prompts[0] for prompts in ENTREP.values()])
     with torch.no_grad():
-        print(f"pixels {tuple(pixels.shape)} → CLS token of every block {tuple(clip.visual(pixels).shape)}")
-        print(f"       → image embedding {tuple(clip.encode_image(pixels).shape)}")
-        text = clip.encode_text(tokens)
-        print(f"tokens {tuple(tokens.shape)} → text embedding {tuple(text.shape)}")
-        gap = (clip.encode_text(tokens[:, :4]) - text).abs().max()
-        print(f"without the padding behind the end token the text embedding moves by {gap:.1e}: cut it, it is free")
+        x = F.normalize(clip.encode_image(pixels), dim=1)
+        y = F.normalize(clip.encode_text(tokens), dim=1)
+        cosines = x @ y.T
+        scaled = clip.logit_scale.exp() * cosines
+        tables = {"cosine": cosines, f"times s = {clip.logit_scale.exp():.1f}": scaled, "softmax": scaled.softmax(1)}
+    print(f"pixels {tuple(pixels.shape)} → CLS tokens after every block {tuple(clip.visual(pixels).shape)}")
+    print(f"       → embeddings {tuple(x.shape)};  tokens {tuple(tokens.shape)} → embeddings {tuple(y.shape)}")
+    for title, table in tables.items():
+        print(f"\n{title:14}  a prompt in each column; a row for an image of the class")
+        for name, row in zip(ENTREP, table.tolist(), strict=True):
+            print(f"{name:14}", " ".join(f"{value:6.2f}" for value in row))
+    gap = (F.normalize(clip.encode_text(tokens[:, : tokens.argmax(1).max() + 1]), dim=1) - y).abs().max()
+    print(f"\nwithout the padding behind the end tokens the texts move by {gap:.0e}: cut it, it is free")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """CLIP's tokenizer by hand: byte-level byte-pair encoding (BPE).
 
-A text is cleaned, split into words, and every word is spelled in bytes: no text is ever "unknown". Then the most
-frequent neighbours, as a list of merges ranks them, are glued together:
+A text is cleaned, split into words, and every word is spelled in bytes: no text is ever "unknown". Then neighbours are
+glued together, pair by pair, as a list of *merges* says:
 
     polyp  →  p o l y p</w>  →  p ol y p</w>  →  pol y p</w>  →  pol yp</w>      (two ids)
 
-`</w>` marks a word's end, so that "polyp" and the start of "polyposis" are different symbols.
+`</w>` marks a word's end, so that "polyp" and the start of "polyposis" are different symbols. The merges were learned
+once, from a large text: glue the pair that is most frequent in it, count again, and so on (`learn_merges`). To encode a
+word, merges are applied in the order in which they were learned, first come, first glued (`Tokenizer`). So frequent
+words end as one symbol, rare ones as several.
 
 Source: Sennrich et al. (arXiv 1508.07909); the behaviour matched is that of github.com/openai/CLIP,
 clip/simple_tokenizer.py.
+
+Try changing this: learn 0 merges in `main`: a word is as long as its letters. Learn from "thanh quản" too (twice, as a
+pair that occurs once is not worth a symbol), and its ten bytes shrink to two symbols.
 """
 
 import gzip
