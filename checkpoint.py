@@ -81,7 +81,7 @@ def load_clip(path, dtype=torch.float32):
 
     naming = OPENAI if "visual.conv1.weight" in tensors else HUGGING_FACE
     config = _infer_config(tensors, naming, file)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory: the numbers come from the file
         clip = CLIP(config)
 
     state, missing, misshaped, used = {}, [], [], set()
@@ -91,21 +91,12 @@ def load_clip(path, dtype=torch.float32):
         if source not in tensors:
             missing.append(source)
             continue
-        tensor, expected = tensors[source], tuple(parameter.shape)
-        stacked = naming is OPENAI and ".attn.in_proj_" in source
-        transposed = naming is OPENAI and name.endswith(".proj.weight")
-        if stacked:
-            expected = (3 * expected[0], *expected[1:])
-        elif transposed:
-            expected = expected[::-1]
-        if tensor.shape != expected:
-            misshaped.append(f"{source} is {tuple(tensor.shape)} instead of {expected}")
+        tensor = tensors[source]
+        shape, unpack = _stored(name, tuple(parameter.shape), naming)
+        if tensor.shape != shape:
+            misshaped.append(f"{source} is {tuple(tensor.shape)} instead of {shape}")
             continue
-        if stacked:
-            tensor = tensor.chunk(3)["qkv".index(name.split(".attn.")[1][0])]
-        elif transposed:
-            tensor = tensor.T.contiguous()
-        state[name] = tensor.to(dtype)
+        state[name] = unpack(tensor).to(dtype)
     problems = [
         f"{kind}: {', '.join(dict.fromkeys(names))}"
         for kind, names in (
@@ -121,9 +112,20 @@ def load_clip(path, dtype=torch.float32):
     return clip
 
 
+def _stored(name, shape, naming):
+    """How a file of this naming stores a parameter → its shape there, and a function that makes our tensor of it."""
+    part = re.search(r"\.attn\.([qkv])_proj\.", name)
+    if naming is OPENAI and part:  # q, k and v stand one below the other in one matrix
+        number = "qkv".index(part[1])
+        return (3 * shape[0], *shape[1:]), lambda tensor: tensor.chunk(3)[number]
+    if naming is OPENAI and name.endswith(".proj.weight"):
+        return shape[::-1], lambda tensor: tensor.T.contiguous()
+    return shape, lambda tensor: tensor
+
+
 def save_clip(clip, file):
-    """Write a `CLIP` to a .safetensors file by Hugging Face's tensor names, in half precision: its range is enough, and
-    its rounding (1/2000) is far below what training leaves to chance. Adapters should be merged."""
+    """Write a `CLIP` to a .safetensors file by Hugging Face's tensor names, in float16: its range is enough, and its
+    rounding (1/2000) is far below what training leaves to chance. Adapters should be merged."""
     tensors = {  # a merged adapter has done its work, and its base is the layer
         translate(name.replace(".base.", "."), HUGGING_FACE): tensor.half().contiguous()
         for name, tensor in clip.state_dict().items()
@@ -168,7 +170,8 @@ def _infer_config(tensors, naming, file):
 
 
 def fingerprint(clip):
-    """A short hash that tells base models apart: of every tensor's shape and 64 of its values spread evenly."""
+    """A short hash that tells a model's weights from others': of every tensor's shape, and of 64 of its values, spread
+    evenly. Reading all values would take seconds; 64 suffice, as training changes nearly every value of a tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         values = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy()
@@ -215,3 +218,19 @@ def read_safetensors(file):
             return {name: f.get_tensor(name).clone() for name in f.keys()}, json.loads(f.metadata()["info"])  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{file} is not a file of ours or is damaged ({problem}); train again") from None
+
+
+def main():
+    print("the same parameter here, in Hugging Face's files and in OpenAI's:")
+    for name in ("visual.patch_embed.weight", "visual.blocks.0.attn.q_proj.weight", "text.proj.weight"):
+        print(f"  {name:36} {translate(name, HUGGING_FACE):54} {translate(name, OPENAI)}")
+    clip = load_clip(base_folder("phantom"))
+    print(f"read off the shapes of weights/phantom: {clip.config}")
+    print(f"fingerprint {fingerprint(clip)}", end="; ")
+    with torch.no_grad():
+        clip.visual.proj.weight += 1e-3
+    print(f"with one matrix changed by a thousandth {fingerprint(clip)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+# Mean and standard deviation of red, green and blue over CLIP's training images, of values from 0 to 1. CLIP expects
+# pixels with the mean subtracted and divided by the deviation.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -42,7 +44,7 @@ def load_image(path):
             image = ImageOps.exif_transpose(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(f"cannot read the image {path} ({reason}); mend or remove it") from None
+        raise UserError(f"cannot read the image {path} ({reason}); repair or delete it") from None
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold them; Pillow would clip at 255: a white image
         values = np.asarray(image)
         image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))

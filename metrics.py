@@ -1,8 +1,14 @@
 """The figures the paper reports: accuracy and macro-F1 for classification, Recall@K and MRR for retrieval.
 
-Macro-F1 averages F1 over classes, so that a rare class counts as much as a common one. Recall@K is the share of queries
-with a relevant image among the first K answers (in the retrieval sense: one is enough); MRR, the mean reciprocal rank,
-averages 1 / rank of the first relevant answer.
+    accuracy     share of images that got their class
+    recall       of a class: share of its images that were recognized
+    precision    of a class: share of the images called so that are
+    F1           the harmonic mean of the two; macro-F1 averages it over classes, so a rare class counts as much as any
+    Recall@K     share of queries with a relevant image among the first K answers (one is enough); short R@K
+    MRR          mean reciprocal rank: the mean of 1 / rank of the first relevant answer
+
+Try changing this: let ties count for the model (`scores > best + 1e-9` in `first_relevant_ranks`): a model that gives
+every image the same embedding then has an MRR of 1 instead of the worst possible.
 """
 
 import torch
@@ -49,6 +55,7 @@ def first_relevant_ranks(queries, gallery, relevant, exclude=None):
     if exclude is not None:
         relevant, irrelevant = relevant & ~exclude, irrelevant & ~exclude
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
+    # What is not clearly behind counts as ahead. Any comparison with NaN is false, so a NaN counts against us, too.
     ranks = 1 + (irrelevant & ~(scores < best - 1e-9)).sum(1)
     return ranks[relevant.any(1)]
 
@@ -65,11 +72,15 @@ def main():
     labels, predictions = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
     confusion = confusion_matrix(labels, predictions, 3)
     print("confusion (row: true class)", confusion.tolist())
+    for name, row in by_class(confusion, "abc").items():
+        print(f"class {name}: {row}")
     print(f"accuracy {accuracy(confusion):.3f}, macro-F1 {macro_f1(confusion):.3f} (the rare class drags it down)")
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     relevant = torch.tensor([[False, True, False], [False, False, True]])
     ranks = first_relevant_ranks(torch.tensor([[1.0, 0.0], [0.1, 1.0]]), gallery, relevant)
     print(f"first relevant answers at rank {ranks.tolist()}: {retrieval_metrics(ranks, ks=(1, 2))}")
+    ranks = first_relevant_ranks(torch.ones(2, 2), torch.ones(3, 2), relevant)
+    print(f"if all embeddings are the same, at rank {ranks.tolist()}: {retrieval_metrics(ranks, ks=(1, 2))}")
 
 
 if __name__ == "__main__":

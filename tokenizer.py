@@ -14,7 +14,7 @@ Source: Sennrich et al. (arXiv 1508.07909); the behaviour matched is that of git
 clip/simple_tokenizer.py.
 
 Try changing this: learn 0 merges in `main`: a word is as long as its letters. Learn from "thanh quản" too (twice, as a
-pair that occurs once is not worth a symbol), and its ten bytes shrink to two symbols.
+pair that occurs once is not worth a symbol), and its ten symbols become two.
 """
 
 import gzip
