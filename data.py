@@ -1,11 +1,17 @@
-"""Data sets: which images there are, what is known of each, and which are held out.
+"""Data sets: which images there are, what is known of each, which are held out, and the batches of an epoch.
 
 A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
     group (a patient, say: images of one group stay on one side of a split) and split (train, val or test);
-  - the ENTRep challenge's folder, told by its cls.json and data.json;
+  - the ENTRep challenge's folder, told by its cls.json and data.json (entrep.py);
   - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
+
+Why groups matter: neighbouring frames of one video are nearly the same picture. A random split puts them on both sides,
+and a model that has memorized the training images then seems to recognize patients whom it has never met.
+
+Try changing this: in `main`, split "random" with other seeds and count the patients who are on both sides: about three
+of five. By "group" there are none.
 """
 
 import csv
@@ -27,6 +33,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 
 @dataclass(frozen=True)
 class Sample:
+    """An image and what is known of it."""
+
     image: Path
     label: str | None = None
     caption: str | None = None
@@ -230,9 +238,12 @@ def training_batches(samples, prompts, settings, epoch, size, workers):
 
 def main():
     samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], group=f"patient {i // 4}") for i in range(20)]
+    print("20 images of 5 patients and 2 classes:")
     for how in ("random", "group"):
         splits = split_dataset(samples, how)
-        print(f"split {how}:", {name: dict(Counter(s.label for s in part)) for name, part in splits.items() if part})
+        counts = {name: dict(Counter(sample.label for sample in part)) for name, part in splits.items() if part}
+        patients = [{sample.group for sample in splits[name]} for name in ("train", "val")]
+        print(f"split {how:6} {counts}, {len(patients[0] & patients[1])} patients on both sides")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ public/images/*.png   public/data.json  [{"Path", "Classification", "Description
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 from errors import UserError
@@ -47,3 +48,17 @@ def read_entrep(root):
                 raise UserError(f"{index} gives {name} the unknown label {label!r}; known are {', '.join(names)}")
             found.append((files[name.lower()], label, caption))
     return found
+
+
+def main():
+    """Read phantoms that were written in this layout."""
+    from phantom import write_dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder, "challenge"), count=8)
+        for file, label, caption in read_entrep(folder):
+            print(f"{file.relative_to(folder)!s:38} {label:11} {caption}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.append(str(Path(__file__).parents[1]))
+from cli import Parser
+from errors import run_script
 from phantom import draw
 
 WIDTH, HEIGHT, SCALE = 1500, 800, 2  # drawn twice as large, then reduced: smooth edges
@@ -68,12 +70,14 @@ def on_circle(degrees, radius=RADIUS):
 
 def image_tower(s):
     s.picture(picture("ear-left", 3), 125, 190, 180)
-    for i in range(9):
-        s.line((35 + 22.5 * i, 100), (35 + 22.5 * i, 280), colour="#ffffff", width=1)
-        s.line((35, 100 + 22.5 * i), (215, 100 + 22.5 * i), colour="#ffffff", width=1)
-    s.text(125, 302, "patches of an image", colour=GREY)
+    for i in range(15):
+        s.line((35 + 180 / 14 * i, 100), (35 + 180 / 14 * i, 280), colour="#ffffff", width=1)
+        s.line((35, 100 + 180 / 14 * i), (215, 100 + 180 / 14 * i), colour="#ffffff", width=1)
+    s.text(125, 302, "image (3, 224, 224)", colour=GREY)
+    s.text(125, 324, "14 by 14 patches", colour=GREY)
+    s.text(125, 346, "and CLS: (197, 768)", colour=GREY)
     s.line((222, 190), (252, 190), arrow=True)
-    s.text(555, 70, "vision transformer, frozen; the bright marks are LoRA adapters", colour=GREY)
+    s.text(555, 70, "vision transformer of 12 blocks, frozen; the bright marks are LoRA adapters", colour=GREY)
     for block in range(1, 13):
         x = 274 + (block - 1) * 48
         s.box(x, 100, 34, 180, LEVELS.get(block, PALE))
@@ -86,12 +90,12 @@ def image_tower(s):
             s.text(x + 17, 345, "LN, W", 16)
             s.line((x + 17, 362), (x + 17, 400), colour=LEVELS[block], width=3)
     s.line((387, 400), (819, 400), colour=BLUE, width=3)
-    s.text(600, 425, "CLS tokens of four levels, each normalized and projected, are fused", colour=GREY)
+    s.text(580, 428, "CLS tokens of four levels, (768) each, normalized and projected to (512)", colour=GREY)
     s.line((819, 400), (868, 400), colour=BLUE, width=3, arrow=True)
     s.disc(902, 400, 23, "white", BLUE)
     s.text(902, 399, "fuse", 16)
     s.line((925, 400), (970, 400), colour=BLUE, width=3, arrow=True)
-    s.text(948, 380, "z", 20, BLUE)
+    s.text(948, 376, "z (512)", 17, BLUE)
 
 
 def text_tower(s):
@@ -99,14 +103,15 @@ def text_tower(s):
     s.box(35, 510, 268, 132, "white", PALE)
     for i, line in enumerate(lines):
         s.text(169, 530 + 30 * i, line, 17)
-    s.text(169, 662, "prompts of the classes, captions", colour=GREY)
+    s.text(169, 662, "prompts, captions: (77) tokens", colour=GREY)
     s.line((310, 575), (344, 575), arrow=True)
     for block in range(12):
         x = 366 + block * 40
         s.box(x, 525, 28, 100, PALE)
         for y in (543, 562, 581, 600):
             s.box(x + 4, y, 20, 8, ORANGE, radius=3)
-    s.text(600, 662, "text transformer, frozen, with adapters", colour=GREY)
+    s.text(600, 662, "text transformer of 12 blocks, frozen, with adapters: (77, 512)", colour=GREY)
+    s.text(905, 555, "(512)", 17, GREEN)
     s.line((846, 575), (965, 575), (1010, 530), colour=GREEN, width=3, arrow=True)
 
 
@@ -136,17 +141,20 @@ def losses(s):
     s.text(
         440,
         728,
-        "Trained: the adapters, a LayerNorm and a gate for each level, the class vectors, the scale",
+        "Trained: the adapters, a LayerNorm for each level, gates for all but the last, the class vectors, the scale",
         colour=GREY,
     )
 
 
 def main():
+    parser = Parser(__doc__.split(":")[0])
+    parser.add_argument("file", type=Path, help="the picture to write, .png")
+    file = parser.parse_args().file
     s = Sheet()
     for part in (image_tower, text_tower, sphere, losses):
         part(s)
-    s.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(sys.argv[1], optimize=True)
+    s.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(file, optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
