@@ -15,16 +15,16 @@ from runs import encode_images, find_run, load_run
 
 
 def classify(model, classes, files, device, batch_size, workers):
-    """Image files → a dict each: image, class, probability, and the probabilities of all classes."""
+    """Image files → a dict each: image, class, probability, and the probabilities of all classes, "classes"."""
     features = encode_images(model, files, device, batch_size, workers, "classifying")
     with torch.inference_mode():
-        probabilities = model.classify(features.to(device)).softmax(1).cpu()
+        table = model.classify(features.to(device)).softmax(1).cpu().tolist()  # (files, classes)
     results = []
-    for file, row in zip(files, probabilities, strict=True):
-        best = int(row.argmax())
-        every = {name: round(float(p), 4) for name, p in zip(classes, row, strict=True)}
+    for file, row in zip(files, table, strict=True):
+        probabilities = {name: round(p, 4) for name, p in zip(classes, row, strict=True)}
+        best = classes[row.index(max(row))]
         results.append(
-            {"image": str(file), "class": classes[best], "probability": every[classes[best]], "classes": every}
+            {"image": str(file), "class": best, "probability": probabilities[best], "classes": probabilities}
         )
     return results
 

@@ -47,7 +47,30 @@ def embed_query(model, tokenizer, text, image, mix, device):
     return texts if text else images
 
 
-def main():
+def search(model, classes, samples, gallery, query, top):
+    """The images most similar to the query → a dict each, best first: rank, score (the cosine), image, class and
+    caption (None where unknown), predicted class."""
+    scores, indices = top_k(query, gallery, top)
+    found = gallery[indices[0]].to(next(model.parameters()).device)
+    with torch.inference_mode():
+        predicted = model.classify(found).argmax(1).tolist()
+    results = []
+    for score, i, p in zip(scores[0].tolist(), indices[0].tolist(), predicted, strict=True):
+        sample = samples[i]
+        result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
+        results.append(result | {"class": sample.label, "predicted": classes[p], "caption": sample.caption})
+    return results
+
+
+def print_table(results):
+    names = [r["class"] or f"{r['predicted']}?" for r in results]  # no label, but a prediction
+    width = max(map(len, ["class", *names]))
+    print(f"rank  score  {'class':{width}}  image")
+    for r, name in zip(results, names, strict=True):
+        print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {r['image']}")
+
+
+def parse_arguments():
     parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--text", help="what to look for, in words")
@@ -67,43 +90,25 @@ def main():
         raise UserError(f"{args.sheet} is no kind of image file; call it .png")
     if args.sheet and not args.sheet.parent.is_dir():
         raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to")
+    return args
 
-    device = find_device(args.device)
-    run = find_run(args.run)
+
+def main():
+    args = parse_arguments()
+    device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights)
-    samples = {s.image: s for s in load_dataset(args.data or metadata.settings.data)}  # an image once
+    samples = {sample.image: sample for sample in load_dataset(args.data or metadata.settings.data)}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
-    files = list(samples)
-    gallery = index_images(run, model, files, device, args.batch_size, args.workers)
+    gallery = index_images(run, model, list(samples), device, args.batch_size, args.workers)
     query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
-    scores, indices = top_k(query, gallery, args.top)
-    with torch.inference_mode():
-        predicted = model.classify(gallery[indices[0]].to(device)).argmax(1).tolist()
-    results = [
-        {
-            "rank": rank,
-            "score": round(score, 4),
-            "image": str(files[i]),
-            "class": samples[files[i]].label,
-            "predicted": metadata.classes[p],
-            "caption": samples[files[i]].caption,
-        }
-        for rank, (score, i, p) in enumerate(
-            zip(scores[0].tolist(), indices[0].tolist(), predicted, strict=True), start=1
-        )
-    ]
-
+    results = search(model, metadata.classes, list(samples.values()), gallery, query, args.top)
     if args.sheet:
         contact_sheet(results, args.text, args.image).save(args.sheet)
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
-        names = [r["class"] or f"{r['predicted']}?" for r in results]
-        width = max(map(len, ["class", *names]))
-        print(f"rank  score  {'class':{width}}  image")
-        for r, name in zip(results, names, strict=True):
-            print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {r['image']}")
+        print_table(results)
 
 
 if __name__ == "__main__":
