@@ -495,9 +495,13 @@ def default_dataset():
 def main():
     parser = argparse.ArgumentParser(description="Draw ENT phantoms: a data set in the ENTRep layout.")
     parser.add_argument("folder", nargs="?", help="where to write; without it, some captions are printed")
-    parser.add_argument("--count", type=int, default=COUNT, help="images of train and public together")
-    parser.add_argument("--scope", choices=list(SCOPES), default="B")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--count", type=int, default=COUNT, help=f"images of train and public together; default: {COUNT}"
+    )
+    parser.add_argument(
+        "--scope", choices=list(SCOPES), default="B", help="which of the two scopes sees them; default: B"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another number draws other phantoms; default: 0")
     args = parser.parse_args()
     if args.count < 1 or args.seed < 0:
         raise UserError("--count should be 1 or more, and --seed 0 or more")
