@@ -11,6 +11,10 @@ Multi-level CLS fusion and low-rank adapters are trained by classification and c
 After each epoch the held-out images are classified and searched (evaluate.py). The best epoch, by the mean of macro-F1,
 image→image MRR and text→image MRR on the validation images, is kept in the run's folder (runs.py).
 
+With --resume an interrupted training ends with the same bits as an uninterrupted one: an epoch's randomness follows
+from seed and epoch alone, the learning rate from the step's number, and AdamW's running means are kept. That holds on a
+CPU; a GPU may add the same numbers in another order each time.
+
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
 """
 
@@ -87,8 +91,8 @@ def joint_loss(model, tokenizer, items, metadata, device):
 class Optimization:
     """AdamW with warm-up and cosine decay, and its state by parameter name, so that it can be kept in safetensors.
 
-    On GPUs that compute in float16, small gradients would be rounded to zero there: GradScaler multiplies the loss by a
-    large number before backward and divides the gradients by it after. Elsewhere it does nothing.
+    In float16 small gradients would be rounded to zero. GradScaler multiplies the loss by a large number before the
+    backward pass and divides the gradients by it afterwards. Where the towers use another type it does nothing.
     """
 
     def __init__(self, model, settings, images, device):
