@@ -1,11 +1,33 @@
-"""Plain PyTorch versions of the kernels: what they compute, and how without a large matrix.
+"""The kernels in plain PyTorch: what they compute, and how to do it without an N×M matrix.
+
+The contrastive loss is a ladder of three rungs. Running this file checks each against the one before:
+
+    naive_loss         as anyone would write it: holds the N×M matrix, several times
+    online_loss        the same over strips of rows; autograd does the backward, so it still keeps every strip
+    contrastive_loss   strips, and a gradient derived by hand: holds one strip at a time
+
+                M texts
+            ┌──────────────┐
+            │ done, freed  │ → logsumexp of these rows
+   N images ├──────────────┤
+            │ strip in use │ → logsumexp of these rows: complete, as a strip holds whole rows
+            ├──────────────┤
+            │ to come      │
+            └─↓──↓──↓──↓───┘ logsumexp of the columns: a running maximum and sum go from strip to strip
 
 float16 and bfloat16 inputs are computed in float32, float64 stays float64. Gradients come back in the inputs' types.
+
+Try changing this. In `online`, take a bound for the maximum: `new_max = torch.full_like(column_max, 100)`. The column
+of a text that is opposite to all images underflows, and the loss is -inf. In `show_example`, give image 2 a label that no
+text has, [0, 2, 1]: its row of G turns positive, so the loss pushes it away even from the text that it equals. This is
+what CLIP's own loss does to all but one of the images of a text.
 """
+
+import math
 
 import torch
 
-CHUNK = 2**19  # entries of the similarity matrix held at once: 2 MB in float32, about a second-level cache
+CHUNK = 2**19  # entries of the similarity matrix held at once: 2 MB in float32, about a CPU core's own cache
 
 
 def unit(x):
@@ -24,27 +46,105 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Contrastive loss. With unit rows x̂ᵢ (N images) and ŷⱼ (M texts), logits Sᵢⱼ = s·x̂ᵢ·ŷⱼ and positives
-# Pᵢⱼ = [image_labelᵢ = text_labelⱼ],
-#
-#     L(image→text) = mean over rows with a positive of   logsumexpⱼ Sᵢⱼ − (Σⱼ Pᵢⱼ Sᵢⱼ) / (Σⱼ Pᵢⱼ)
-#     L(text→image) = the same over columns;   loss = ½ (both)
-#
-# The obvious code holds S, its two softmaxes and their gradients: N×M each. This one walks over strips of rows.
-# Forward, a row's logsumexp is complete within its strip; a column's is carried along as a running maximum and a
-# running sum, rescaled whenever the maximum grows ("online softmax"). Backward, each strip of S is computed again, with
-#
-#     Gᵢⱼ = ∂loss/∂Sᵢⱼ = ½ [ rᵢ (softmax over row i − Pᵢⱼ/positives of i)
-#                          + cⱼ (softmax over column j − Pᵢⱼ/positives of j) ]
-#
-# (rᵢ = 1 / number of rows with a positive, 0 for a row without one; cⱼ likewise), and then
-#
-#     ∂loss/∂x̂ᵢ = s Σⱼ Gᵢⱼ ŷⱼ,    ∂loss/∂ŷⱼ = s Σᵢ Gᵢⱼ x̂ᵢ,    ∂loss/∂s = Σᵢⱼ Gᵢⱼ Sᵢⱼ / s = Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩ / s,
-#
-# and, as making x longer changes nothing,  ∂loss/∂x = (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩) / ‖x‖.
+def strips(rows, columns):
+    """Slices that cut the rows into strips of about CHUNK entries."""
+    step = max(1, CHUNK // max(1, columns))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
+# --- Rung 1: the definition ------------------------------------------------------------------------------------------
+# N images x and M texts y, with unit vectors x̂ᵢ, ŷⱼ. Logits Sᵢⱼ = s·x̂ᵢ·ŷⱼ: cosines times a scale s. Pᵢⱼ is 1 where
+# image i and text j have the same label (a "positive"), else 0. Row i asks: which text belongs to image i? Its loss is
+# the cross entropy of a positive, −log softmax, averaged over the row's positives:
+#
+#     ℓᵢ = logsumexpⱼ Sᵢⱼ − (Σⱼ Pᵢⱼ Sᵢⱼ) / (Σⱼ Pᵢⱼ)
+#
+# The columns ask the same for each text. The loss is ½ (mean over rows + mean over columns); a row or column without a
+# positive does not count. One softmax with one positive is InfoNCE (van den Oord et al., arXiv 1807.03748); rows and
+# columns together are CLIP's loss (Radford et al., arXiv 2103.00020); many positives, averaged outside the logarithm,
+# are L_out of SupCon (Khosla et al., arXiv 2004.11362). An example: s = ln 4, texts (1, 0, 0, 0) and (0, 1, 0, 0),
+#
+#     x                         P       exp S   softmax of rows   of columns    G = ∂loss/∂S
+#     image 1: (2, 0, 0, 0)     1  0    4  1    0.8  0.2          0.4  0.25     -0.0583   0.0958   (G: rung 3)
+#     image 2: (3, 0, 0, 0)     1  0    4  1    0.8  0.2          0.4  0.25     -0.0583   0.0958
+#     image 3: (1, 1, 1, 1)     0  1    2  2    0.5  0.5          0.2  0.5       0.1333  -0.2083
+#     rows: -ln 0.8, -ln 0.8, -ln 0.5   columns: -ln 0.4, -ln 0.5   loss = ½ (0.3798 + 0.8047) = 0.5923
+def weights(count):
+    """Positives of each row (or column) → its weight in the loss, ½ / rows with one, 0 without; share of a positive."""
+    has_positive = (count > 0).to(count.dtype)
+    weight = has_positive / (2 * has_positive.sum().clamp(min=1))
+    return weight, weight / count.clamp(min=1)
+
+
+def side(lse, positive, count):
+    """Half the loss. Of each row, or of each column: logsumexp, sum of the positive logits, number of positives."""
+    return (weights(count)[0] * (lse - positive / count.clamp(min=1))).sum()
+
+
+def naive_loss(x, y, scale, x_labels, y_labels):
+    """(N, D), (M, D), scalar, (N,), (M,) → scalar."""
+    S = scale * unit(x) @ unit(y).T  # (N, M)
+    P = (x_labels[:, None] == y_labels).to(S.dtype)  # (N, M)
+    return side(S.logsumexp(1), (S * P).sum(1), P.sum(1)) + side(S.logsumexp(0), (S * P).sum(0), P.sum(0))
+
+
+# --- Rung 2: the online softmax --------------------------------------------------------------------------------------
+# exp S overflows in float32 above S = 88.7, so log Σ exp S is computed as m + log Σ exp(S − m), with m the maximum.
+# While strips come one by one, m is the maximum so far. When it grows to m′, the sum, in units of exp m, is converted:
+#
+#     m′ = max(m, S)        sum ← sum · exp(m − m′) + exp(S − m′)
+#
+#     S = ln 2:   m = ln 2   sum = 0 · exp(−∞) + 1 = 1
+#     S = ln 8:   m = ln 8   sum = 1 · 2/8 + 1 = 1.25      the maximum grew, from units of 2 to units of 8
+#     S = ln 4:   m = ln 8   sum = 1.25 · 1 + 4/8 = 1.75   it stayed
+#     logsumexp = ln 8 + ln 1.75 = ln 14, and 2 + 8 + 4 = 14
+#
+# Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
+def online(column_max, column_sum, S):
+    """One step: running maximum and sum of M columns (M,), and a strip S (n, M) → the new maximum and sum."""
+    # Any number may be taken out and the logsumexp stays: m is a constant for the gradient.
+    new_max = torch.maximum(column_max, S.amax(0)).detach()
+    return new_max, column_sum * (column_max - new_max).exp() + (S - new_max).exp_().sum(0)
+
+
+def online_loss(x, y, scale, x_labels, y_labels):
+    """As `naive_loss`; no step is larger than a strip, but autograd keeps what each step needs for its backward."""
+    x, y = unit(x), unit(y)
+    column_max, column_sum = y.new_full((len(y),), -torch.inf), y.new_zeros(len(y))
+    column_positive, column_count, of_rows = 0, 0, []
+    for rows in strips(len(x), len(y)):
+        S = scale * x[rows] @ y.T  # (n, M)
+        P = (x_labels[rows, None] == y_labels).to(S.dtype)
+        of_rows.append((S.logsumexp(1), (S * P).sum(1), P.sum(1)))  # complete
+        column_max, column_sum = online(column_max, column_sum, S)
+        column_positive, column_count = column_positive + (S * P).sum(0), column_count + P.sum(0)
+    row_lse, row_positive, row_count = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
+    column_lse = column_max + column_sum.log()
+    return side(row_lse, row_positive, row_count) + side(column_lse, column_positive, column_count)
+
+
+# --- Rung 3: the gradient by hand ------------------------------------------------------------------------------------
+# 1. One row with k positives. The derivative of log Σ exp Sⱼ is exp Sⱼ / Σ exp, the softmax; of the positives' mean it
+#    is 1/k for each. So ∂ℓ/∂Sⱼ = softmaxⱼ − Pⱼ/k: what the row believes, less what is true.
+# 2. Row i has the weight wᵢ = ½ / (rows with a positive) in the loss, column j a vⱼ likewise. Sᵢⱼ stands in both, so
+#    its gradient has a part from each (kᵢ and cⱼ are their numbers of positives; wᵢ/kᵢ and vⱼ/cⱼ are called shares):
+#
+#        Gᵢⱼ = ∂loss/∂Sᵢⱼ = wᵢ (softmax of row i − Pᵢⱼ/kᵢ) + vⱼ (softmax of column j − Pᵢⱼ/cⱼ)
+#
+#    A softmax is exp(S − logsumexp): forward keeps one number for each row and column, and backward computes S again.
+# 3. Sᵢⱼ = s·x̂ᵢ·ŷⱼ has the derivative s·ŷⱼ by x̂ᵢ, and all of row i depends on x̂ᵢ: the parts add up. ŷⱼ likewise:
+#
+#        ∂loss/∂x̂ᵢ = s Σⱼ Gᵢⱼ ŷⱼ = s (G ŷ)ᵢ        ∂loss/∂ŷⱼ = s (Gᵀ x̂)ⱼ
+#
+# 4. The derivative of Sᵢⱼ by s is x̂ᵢ·ŷⱼ, so ∂loss/∂s = Σᵢⱼ Gᵢⱼ x̂ᵢ·ŷⱼ = Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩: no further product.
+# 5. x̂ = x/‖x‖. A step along x̂ changes nothing, a step across it turns x̂ by the step's length / ‖x‖; in one formula,
+#    dx̂ = (dx − x̂ ⟨x̂, dx⟩)/‖x‖. This map is symmetric, so the gradient comes back through the same one:
+#
+#        ∂loss/∂x = (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩) / ‖x‖
+#
+# Backward costs three matrix products: S again, G ŷ and Gᵀ x̂. On many processors it may be four: one that walks along
+# row i can add up (G ŷ)ᵢ in its registers, but (Gᵀ x̂)ⱼ has parts from every walk. To add those up in registers, too,
+# takes walks down the columns, which compute S once more.
 def check_pairs(image_features, text_features, image_labels, text_labels):
     """→ the labels, where there are none those of pairs. Raises ValueError where something does not fit."""
     if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
@@ -68,101 +168,77 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
     scale: s = exp(logit_scale), a number or a scalar tensor, which then gets a gradient.
     image_labels: (N,), text_labels: (M,) integers; equal ones are positives. Without them image i belongs to text i.
     Returns a scalar; rows and columns without a positive do not count, and the loss is 0 if there are none with one.
-    Memory grows with the inputs, (N + M)·D, not as N·M. Not differentiable twice.
-    Raises ValueError where the shapes or the labels do not fit together.
+    Memory grows with the inputs, (N + M)·D, not as N·M. Not differentiable twice. Raises ValueError where the shapes or
+    the labels do not fit together.
     """
     image_labels, text_labels = check_pairs(image_features, text_features, image_labels, text_labels)
     x, y = at_least_float32(image_features), at_least_float32(text_features)
     scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
-    return _ContrastiveLoss.apply(x, y, scale, image_labels, text_labels)
+    with torch.autocast(x.device.type, enabled=False):  # at s = 100 a bfloat16 logit is off by up to 0.25
+        return _ContrastiveLoss.apply(x, y, scale, image_labels, text_labels)
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """Only what is as small as the labels is kept for backward, beside the features themselves."""
+    """Kept for backward: the features, and a few numbers for each row and column. x̂ and ŷ are `unit_x`, `unit_y`."""
 
     @staticmethod
     def forward(ctx, x, y, scale, x_labels, y_labels):
-        with torch.autocast(x.device.type, enabled=False):  # at s = 100 a half-precision logit is off by up to 0.25
-            return _ContrastiveLoss._forward(ctx, x, y, scale, x_labels, y_labels)
-
-    @staticmethod
-    def _forward(ctx, x, y, scale, x_labels, y_labels):
         x_inverse, y_inverse = inverse_norm(x), inverse_norm(y)  # (N, 1), (M, 1)
         unit_y = y * y_inverse
-        column_max = x.new_full((len(y),), -torch.inf)
-        column_sum = x.new_zeros(len(y))
-        column_count, column_positive = x.new_zeros(len(y)), x.new_zeros(len(y))
-        row_lse, row_count, row_positive = (x.new_empty(len(x)) for _ in range(3))
-        for rows in _strips(len(x), len(y)):
-            S = (scale * (x[rows] * x_inverse[rows])) @ unit_y.T
-            P = x_labels[rows, None] == y_labels  # (rows, M)
-            positive = S * P
-            row_count[rows], row_positive[rows] = P.sum(1, dtype=x.dtype), positive.sum(1)
+        row_lse, row_positive, row_count = (x.new_empty(len(x)) for _ in range(3))
+        column_max, column_sum = x.new_full((len(y),), -torch.inf), x.new_zeros(len(y))
+        column_positive, column_count = x.new_zeros(len(y)), x.new_zeros(len(y))
+        for rows in strips(len(x), len(y)):
+            S = (scale * (x[rows] * x_inverse[rows])) @ unit_y.T  # (n, M)
+            P = x_labels[rows, None] == y_labels
+            PS = S * P
+            row_lse[rows], row_positive[rows], row_count[rows] = S.logsumexp(1), PS.sum(1), P.sum(1, dtype=x.dtype)
+            column_positive += PS.sum(0)
             column_count += P.sum(0, dtype=x.dtype)
-            column_positive += positive.sum(0)
-            row_lse[rows] = S.logsumexp(1)
-            new_max = torch.maximum(column_max, S.amax(0))
-            column_sum = column_sum * (column_max - new_max).exp() + S.sub_(new_max).exp_().sum(0)
-            column_max = new_max
+            column_max, column_sum = online(column_max, column_sum, S)
         column_lse = column_max + column_sum.log()
-
-        def side(lse, count, positive):
-            """Mean loss over the lines with a positive; each line's weight in it; its share for each positive."""
-            weight = (count > 0).to(lse.dtype) / (count > 0).sum().clamp(min=1)
-            count = count.clamp(min=1)
-            return ((lse - positive / count) * weight).sum(), weight, weight / count
-
-        row_loss, row_weight, row_share = side(row_lse, row_count, row_positive)
-        column_loss, column_weight, column_share = side(column_lse, column_count, column_positive)
-        ctx.save_for_backward(
-            x, y, scale, x_labels, y_labels, x_inverse, y_inverse,
-            row_lse, row_weight, row_share, column_lse, column_weight, column_share,
-        )  # fmt: skip
-        return (row_loss + column_loss) / 2
+        of_rows, of_columns = (row_lse, *weights(row_count)), (column_lse, *weights(column_count))
+        ctx.save_for_backward(x, y, scale, x_labels, y_labels, x_inverse, y_inverse, *of_rows, *of_columns)
+        return side(row_lse, row_positive, row_count) + side(column_lse, column_positive, column_count)
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True; autograd would take our gradient for a constant
-            raise RuntimeError("contrastive_loss can't be differentiated twice; leave create_graph away")
-        x, y, scale, x_labels, y_labels, x_inverse, y_inverse, *lines = ctx.saved_tensors
-        row_lse, row_weight, row_share, column_lse, column_weight, column_share = lines
+            raise RuntimeError("contrastive_loss can't be differentiated twice; do not pass create_graph=True")
+        x, y, scale, x_labels, y_labels, x_inverse, y_inverse, *of_rows_and_columns = ctx.saved_tensors
+        row_lse, row_weight, row_share, column_lse, column_weight, column_share = of_rows_and_columns
         dx, dy, dscale = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
-        half = grad / 2 * scale
-
-        def through_normalization(gradient, unit_x, inverse):
-            """In place; → Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩."""
-            along = torch.einsum("nd,nd->n", gradient, unit_x)
-            gradient.addcmul_(unit_x, along[:, None], value=-1).mul_(inverse)
-            return along.sum()
-
-        with torch.autocast(x.device.type, enabled=False):
-            unit_y = y * y_inverse
-            for rows in _strips(len(x), len(y)):
+        with torch.autocast(x.device.type, enabled=False):  # backward may run within the user's
+            unit_y, factor = y * y_inverse, grad * scale
+            for rows in strips(len(x), len(y)):
                 unit_x = x[rows] * x_inverse[rows]
-                S = (scale * unit_x) @ unit_y.T
-                G = (S - row_lse[rows, None]).exp_().mul_(row_weight[rows, None])
-                G += S.sub_(column_lse).exp_().mul_(column_weight)
-                share = torch.add(row_share[rows, None], column_share, out=S)
-                G -= share.mul_(x_labels[rows, None] == y_labels)
-                G *= half
-                dx[rows] = G @ unit_y
-                dy.addmm_(G.T, unit_x)
-                dscale += through_normalization(dx[rows], unit_x, x_inverse[rows])
-            through_normalization(dy, unit_y, y_inverse)
-        return dx, dy, dscale / scale, None, None
+                S = (scale * unit_x) @ unit_y.T  # (n, M), the first product
+                G = row_weight[rows, None] * (S - row_lse[rows, None]).exp_()
+                G += column_weight * (S - column_lse).exp_()
+                G -= (row_share[rows, None] + column_share) * (x_labels[rows, None] == y_labels)
+                dx[rows] = G @ unit_y  # the second
+                dy.addmm_(G.T, unit_x)  # the third
+                dscale += through_normalization_(dx[rows], unit_x, factor * x_inverse[rows])
+            through_normalization_(dy, unit_y, factor * y_inverse)
+        return dx, dy, grad * dscale, None, None
 
 
-def _strips(rows, columns):
-    step = max(1, CHUNK // max(1, columns))
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+def through_normalization_(product, unit_x, factor):
+    """Steps 4 and 5: G ŷ (n, D) becomes ∂loss/∂x, in place, as a copy of (M, D) would be large → Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩."""
+    along = torch.einsum("nd,nd->n", product, unit_x)
+    product.addcmul_(unit_x, along[:, None], value=-1)
+    product *= factor
+    return along.sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Spherical linear interpolation. With unit vectors â, b̂ at the angle θ,
+# --- Slerp: spherical linear interpolation ---------------------------------------------------------------------------
+# With unit vectors â, b̂ at the angle θ,   slerp(a, b, t) = sin((1−t)θ)/sin θ · â + sin(tθ)/sin θ · b̂.
 #
-#     slerp(a, b, t) = sin((1−t)θ)/sin θ · â + sin(tθ)/sin θ · b̂
-#
-# θ = 2·atan2(‖â − b̂‖, ‖â + b̂‖) stays exact where arccos(â·b̂) has lost every digit: near 0 and near π. Three cases:
+# Why not average and renormalize? Its steps are unequal: at θ = 120° the quarters lie at 19°, 60° and 101°, slerp's at
+# 30°, 60° and 90°. Why not θ = arccos(â·b̂)? The cosine, 1 − θ²/2, is flat at 0, and float32 has no number between 1 and
+# 1 − 6e-8: for all θ below 2.4e-4 the cosine is 1, and so the angle 0; near π likewise. Of the lengths
+# ‖â − b̂‖ = 2 sin θ/2 and ‖â + b̂‖ = 2 cos θ/2 one always changes as fast as θ/2 does, so θ = 2·atan2 of the two keeps
+# every digit. Three cases:
 #
 #   nearly parallel   sin(tθ)/sin θ = t (1 + (1−t²)θ²/6) + O(θ⁴), and θ² = ‖â − b̂‖² + O(θ⁴): smooth, no division by 0
 #   nearly opposite   sin θ → 0, and b̂ no longer says which way round to go. Any great circle is right; we take the one
@@ -190,22 +266,18 @@ def slerp(a, b, t):
 
     t = 0 gives a / ‖a‖, t = 1 gives b / ‖b‖ (for nearly opposite vectors, the end of a half circle). The result has
     unit length, to rounding / (π − θ); where a vector is zero and has no direction, its term is zero. Differentiable in
-    a, b and t. Raises ValueError where the shapes do not fit.
-    Source: Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985).
+    a, b and t. Raises ValueError where the shapes do not fit. Source: Shoemake, "Animating rotation with quaternion
+    curves" (SIGGRAPH 1985).
     """
     t = check_slerp(a, b, t)[:, None]  # (1 or N, 1)
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = unit(at_least_float32(a)), unit(at_least_float32(b))
-
     difference, total = ((a - b) ** 2).sum(-1, keepdim=True), ((a + b) ** 2).sum(-1, keepdim=True)  # 4 sin², 4 cos² θ/2
-    parallel = difference < PARALLEL**2
-    opposite = total < OPPOSITE**2
+    parallel, opposite = difference < PARALLEL**2, total < OPPOSITE**2
     regular = ~(parallel | opposite)
-
     # `where` inside and out: a branch not taken must not see values at which its gradient is infinite.
     theta = 2 * torch.atan2(torch.where(regular, difference, 1).sqrt(), torch.where(regular, total, 1).sqrt())
     formula = (((1 - t) * theta).sin() * a + (t * theta).sin() * b) / theta.sin()
-
     square = torch.where(parallel, difference, 0)
     series = (1 - t) * (1 + t * (2 - t) * square / 6) * a + t * (1 + (1 - t * t) * square / 6) * b
 
@@ -213,40 +285,66 @@ def slerp(a, b, t):
         axis = torch.zeros_like(a).scatter_(-1, a.abs().argmin(-1, keepdim=True), 1)
         perpendicular = unit(axis - (axis * a).sum(-1, keepdim=True) * a)
     half_circle = (t * torch.pi).cos() * a + (t * torch.pi).sin() * perpendicular
-
     return torch.where(parallel, series, torch.where(opposite, half_circle, formula)).to(dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def top_k(queries, gallery, k):
     """The k gallery rows most similar to each query, best first: (Q, D), (N, D) → cosines (Q, k), indices (Q, k).
-
-    k is cut to N. Queries are taken in chunks, so memory does not grow with Q·N.
-    """
+    k is cut to N. It takes strips of queries, so that memory does not grow with Q·N."""
     queries, gallery = unit(at_least_float32(queries)), unit(at_least_float32(gallery))
     k = min(k, len(gallery))
     with torch.autocast(queries.device.type, enabled=False):
-        strips = [(queries[rows] @ gallery.T).topk(k) for rows in _strips(len(queries), len(gallery))]
-    if not strips:
-        return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device)
-    return torch.cat([values for values, _ in strips]), torch.cat([indices for _, indices in strips])
+        best = [(queries[rows] @ gallery.T).topk(k) for rows in strips(len(queries), len(gallery))]
+    best = best or [(queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device))]
+    return torch.cat([values for values, _ in best]), torch.cat([indices for _, indices in best])
 
 
-def main():
-    torch.manual_seed(0)
-    x, y = torch.randn(6, 512, requires_grad=True), torch.randn(3, 512)
-    labels, classes = torch.tensor([0, 0, 1, 1, 1, 2]), torch.arange(3)
-    loss = contrastive_loss(x, y, 100.0, labels, classes)
-    loss.backward()
-    print(f"6 images of 3 classes, 3 texts: loss {loss:.3f}, ‖∂loss/∂image‖ {x.grad.norm():.3f}")
-    a, b = torch.eye(2)
-    for t in (0.0, 0.25, 0.5, 1.0):
-        print(f"slerp((1, 0), (0, 1), {t}) = {slerp(a[None], b[None], t)[0].tolist()}")
-    values, indices = top_k(y, x.detach(), 2)
-    print(f"the 2 images nearest to each text: {indices.tolist()}, cosines {values.tolist()}")
+def show_example():
+    """The 3 × 2 case of the comment above."""
+    x, y = torch.tensor([[2.0, 0, 0, 0], [3, 0, 0, 0], [1, 1, 1, 1]]), torch.eye(2, 4)
+    labels, classes, scale = torch.tensor([0, 0, 1]), torch.arange(2), math.log(4)
+    S = scale * unit(x) @ unit(y).T
+    P = (labels[:, None] == classes).float()
+    row_count, column_count = P.sum(1), P.sum(0)
+    G = weights(row_count)[0][:, None] * (S.softmax(1) - P / row_count.clamp(min=1)[:, None])
+    G += weights(column_count)[0] * (S.softmax(0) - P / column_count.clamp(min=1))
+    print("            P                exp S            row softmax      column softmax   G")
+    for i, row in enumerate(torch.cat([P, S.exp(), S.softmax(1), S.softmax(0), G], 1).tolist()):
+        print(f"image {i + 1} ", *(f"{round(v, 4):8g}" for v in row), sep="")
+    print(f"loss {contrastive_loss(x, y, scale, labels, classes):.4f}\n")
+
+
+def show_ladder():
+    state = torch.full((1,), -torch.inf), torch.zeros(1)
+    for value in (2.0, 8.0, 4.0):
+        state = online(*state, torch.full((1, 1), math.log(value)))
+        print(f"online softmax after ln {value:g}: maximum ln {state[0].exp().item():g}, sum {state[1].item():g}")
+    direction, labels, classes = torch.randn(1, 64), torch.arange(3000) % 500, torch.arange(500)
+    x, y = direction + 0.2 * torch.randn(3000, 64), torch.cat([-direction, direction + torch.randn(499, 64)])
+    print("\n3,000 images, 500 texts, s = 100, one text opposite to all images. Gaps: relative, to the rung before")
+    print("                        loss  gaps: loss  ∂x      ∂y      ∂s       numbers kept for backward")
+    before = None
+    for rung in (naive_loss, online_loss, contrastive_loss):
+        inputs, kept = [v.clone().requires_grad_() for v in (x, y, torch.tensor(100.0))], []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, kept=kept: kept.append(v.numel()) or v, lambda v: v):
+            loss = rung(*inputs, labels, classes)
+        now = [loss.detach(), *torch.autograd.grad(loss, inputs)]
+        gaps = [f"{(a - b).norm() / b.norm():.0e}" for a, b in zip(now, before or now, strict=True)]
+        print(f"{rung.__name__:16} {loss:12.6f}  {'   '.join(gaps)} {sum(kept):12,}")
+        before = now
+
+
+def show_slerp():
+    print("\nslerp: the angle θ between (1, 0) and (cos θ, sin θ) in float32, by arccos and by atan2")
+    for theta in (1e-5, 1e-4, 3e-4, 1e-3, 1.0):
+        a, b = torch.tensor([1.0, 0]), torch.tensor([math.cos(theta), math.sin(theta)])
+        print(f"{theta:8g}  {(a @ b).arccos():.8f}  {2 * torch.atan2((a - b).norm(), (a + b).norm()):.8f}")
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    show_example()
+    show_ladder()
+    show_slerp()
+    values, indices = top_k(torch.eye(2, 4), torch.tensor([[0, 1.0, 0, 0], [1, 1, 0, 0], [3, 0, 0, 0]]), 2)
+    print(f"\ntop_k: the two nearest of three to each of two queries {indices.tolist()}, cosines {values.tolist()}")

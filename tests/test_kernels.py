@@ -1,6 +1,10 @@
 """kernels: contrastive loss, slerp and top-k against the plain formulas in float64, mpmath and a full sort."""
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -294,6 +298,61 @@ def test_loss_refuses_shapes_and_labels_that_do_not_fit(x, y, labels, message):
         contrastive_loss(torch.ones(x), torch.ones(y), 1.0, *labels)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("case", [case for case in LABELS if case not in ("pairs", "one pair")])
+@pytest.mark.parametrize("rung", [reference.naive_loss, reference.online_loss])
+def test_each_rung_of_the_ladder_is_the_plain_formula(rung, case, scale, chunk):
+    N, M, labels = LABELS[case]()
+    inputs = randn(N, 16), randn(M, 16, seed=1), torch.tensor(scale, dtype=torch.float64)
+    actual = value_and_gradients(lambda *v: rung(*v, *labels), *inputs)
+    assert_close(actual, value_and_gradients(lambda *v: plain_loss(*v, *labels), *inputs))
+
+
+def test_only_the_gradient_by_hand_keeps_no_matrix_for_backward(monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK", 2**12)
+    x, y, labels = randn(512, 16), randn(300, 16, seed=1), random_labels(5, 512, 300)
+    kept = {}
+    for rung in (reference.naive_loss, reference.online_loss, contrastive_loss):
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, t=tensors: t.append(v.numel()) or v, lambda v: v):
+            rung(x.clone().requires_grad_(), y, 10.0, *labels)
+        kept[rung] = sum(tensors)
+    assert kept[contrastive_loss] < 30 * (512 + 300)
+    assert kept[reference.naive_loss] > 512 * 300 and kept[reference.online_loss] > 512 * 300
+
+
+def test_the_worked_example_is_right_where_it_is_written_and_where_it_is_printed():
+    """3 images, 2 texts: P, exp S, both softmaxes and G = ∂loss/∂S, by autograd; the numbers have at most 4 digits."""
+    x = torch.tensor([[2, 0, 0, 0], [3, 0, 0, 0], [1, 1, 1, 1]]).double()
+    labels, scale = (torch.tensor([0, 0, 1]), torch.arange(2)), math.log(4)
+    S = (scale * F.normalize(x, dim=1) @ torch.eye(4, 2).double()).requires_grad_()
+    P = (labels[0][:, None] == labels[1]).double()
+    rows = (S.logsumexp(1) - (S * P).sum(1)).mean()
+    columns = (S.logsumexp(0) - (S * P).sum(0) / torch.tensor([2, 1])).mean()
+    (G,) = torch.autograd.grad((rows + columns) / 2, S)
+    expected = torch.cat([P, S.exp(), S.softmax(1), S.softmax(0), G], 1).detach()
+    loss = plain_loss(x, torch.eye(2, 4).double(), scale, *labels)
+
+    path = Path(reference.__file__)
+    printed = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True).stdout
+    for text in (path.read_text(), printed):
+        lines = re.findall(r"image \d:?(?: \([^)]*\))?((?: +-?[\d.]+){10})", text)
+        assert len(lines) == 3
+        numbers = torch.tensor([[float(number) for number in line.split()] for line in lines])
+        torch.testing.assert_close(numbers, expected.float(), rtol=0, atol=5.1e-5)
+        assert f"{loss:.4f}" in text
+    assert f"½ ({rows:.4f} + {columns:.4f}) = {loss:.4f}" in path.read_text()
+
+
+def test_the_online_softmax_takes_the_steps_that_are_written():
+    state = torch.tensor([-math.inf]), torch.zeros(1)
+    for value, maximum, total in ((2, 2, 1), (8, 8, 1.25), (4, 8, 1.75)):
+        state = reference.online(*state, torch.tensor([[math.log(value)]]))
+        torch.testing.assert_close(state[0].exp(), torch.tensor([float(maximum)]))
+        torch.testing.assert_close(state[1], torch.tensor([float(total)]))
+    assert (state[0] + state[1].log()).exp().item() == pytest.approx(14)
+
+
 @pytest.mark.parametrize("loss, holds_the_matrix", [(contrastive_loss, False), (plain_loss, True)])
 def test_no_tensor_is_as_large_as_the_similarity_matrix(loss, holds_the_matrix, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 2**12)
@@ -406,6 +465,17 @@ def test_slerp_goes_on_along_the_circle_outside_0_and_1(angle, t):
     a, b = pairs_at(angle)
     expected = torch.stack([exact_slerp(*row, t) for row in zip(a, b, strict=True)])
     torch.testing.assert_close(slerp(a, b, t), expected, rtol=0, atol=1e-8)
+
+
+def test_why_not_arccos_and_why_not_the_average_is_as_written():
+    """float32: below 2.4e-4 every cosine is 1. And the quarters of 120°."""
+    assert torch.tensor(2.44e-4).cos() == 1 and torch.tensor(2.45e-4).double().cos().float() < 1
+    a, b = torch.tensor([[1.0, 0]]).double(), torch.tensor([[-0.5, math.sqrt(0.75)]]).double()
+    turned = {"average": [], "slerp": []}
+    for t in (0.25, 0.5, 0.75):
+        for name, point in (("average", (1 - t) * a + t * b), ("slerp", slerp(a, b, t))):
+            turned[name].append(round(math.degrees(math.atan2(point[0, 1], point[0, 0]))))
+    assert turned == {"average": [19, 60, 101], "slerp": [30, 60, 90]}
 
 
 def test_slerp_of_opposite_vectors_is_a_half_circle():
