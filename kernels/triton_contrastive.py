@@ -1,37 +1,51 @@
 """The contrastive loss in Triton: normalization, similarities and both softmaxes fused; the N×M matrix is never stored.
 
-`reference.py` says what is computed. The loop there walks over strips of rows one after the other; here the matrix is
-cut into tiles, and every tile is a program of its own. In NumPy's words, with r the inverse lengths of the rows and w,
-the weight of each line in the mean (0 for a line without a positive, whose count is `positives`):
+`reference.py` defines the loss and derives its gradient, `first_steps.py` explains Triton. The reference walks over
+strips of rows, one after the other. Here the matrix is cut into tiles, and every tile is a program of its own:
 
-    for I, J in tiles:                                                      # all at once, each on its own processor
-        S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)                       # in registers
-        row_part[J, I] = logsumexp(S, axis=1)                               # of this tile's columns
-        column_part[I, J] = logsumexp(S, axis=0)                            # of this tile's rows
-        positive_part[I, J] = sum(P * S * (share_x[I, None] + share_y[J]))  # share = w / positives
-    loss = (sum(wx * logsumexp(row_part, axis=0)) + sum(wy * logsumexp(column_part, axis=0)) - sum(positive_part)) / 2
+                        M texts
+              ┌──────────┬──────────┬───────┐
+              │ program  │ program  │ …     │ → row_part: of each row one logsumexp a tile
+     N images │ (0, 0)   │ (0, 1)   │       │
+              ├──────────┼──────────┼───────┤
+              │ (1, 0)   │ (1, 1)   │ …     │ → each tile also leaves one number, its sum over positives
+              └──────────┴──────────┴───────┘
+                ↓          ↓          ↓         column_part: of each column one logsumexp a tile
 
-A logsumexp of logsumexps is exact: each is taken about its own maximum, so nothing under- or overflows, whatever the
-scale. A tile leaves one number for each of its rows and columns instead of BLOCK_N × BLOCK_M similarities.
+In NumPy's words, with the inverse lengths rx, ry of the rows, with x_weight = 1 / number of images with a positive (0
+for the other images; the loss's ½ comes at the end here), and x_share = x_weight / positives of the image:
 
-Backward, S is computed again, which is cheaper than storing it. With
+    for I, J in tiles:                                               # a program each, many at a time, in any order
+        S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)                # in registers
+        row_part[J, I] = logsumexp(S, axis=1)                        # of this tile's columns
+        column_part[I, J] = logsumexp(S, axis=0)                     # of this tile's rows
+        positive_part[I, J] = sum(P * S * (x_share[I, None] + y_share[J]))
+    row_lse, column_lse = logsumexp(row_part, axis=0), logsumexp(column_part, axis=0)
+    loss = (sum(x_weight * row_lse) + sum(y_weight * column_lse) - sum(positive_part)) / 2
 
-    G = ∂loss/∂S = ½ [ wx exp(S − row_lse) + wy exp(S − column_lse) − P (share_x + share_y) ]
+The logsumexp of logsumexps is the logsumexp of everything. Each is taken about its own maximum, so nothing under- or
+overflows, whatever the scale.
 
-and x̂ = rx·x, the chain rule through S = s·x̂·ŷᵀ and through the normalization (which takes away the part along x̂,
-since making x longer changes nothing) reads
+Backward, S is computed again, which is cheaper than storing it. By steps 2, 3 and 5 of `reference.py`
 
-    ∂loss/∂x̂ = s G ŷ          ∂loss/∂x = rx (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩)
+    G = ½ [ x_weight exp(S − row_lse) + y_weight exp(S − column_lse) − P (x_share + y_share) ]
+    ∂loss/∂x̂ = s G ŷ        ∂loss/∂x = rx (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩)
 
-A kernel writes K = s·G·rx·ry, scaled by both sides, for a strip of rows. Then the library's matrix product, which is
-as fast as the hardware goes, does the rest with the features as they came, and ⟨x, K y⟩ even gives the scale's
-gradient:
+Unit vectors are not stored. With ŷ = ry y, the first term is rx s G (ry y): one matrix times the features as they came,
 
-    ∂loss/∂x = K y − (rx x) rx ⟨x, K y⟩        ∂loss/∂y likewise from Kᵀ x        ∂loss/∂s = Σᵢ ⟨xᵢ, (K y)ᵢ⟩ / s
+    Kᵢⱼ = rxᵢ s Gᵢⱼ ryⱼ        rx ∂loss/∂x̂ = K y        ∂loss/∂x = K y − x̂ ⟨x̂, K y⟩
 
-There are no atomic additions, so the same inputs give the same bits.
+so all that is left of the normalization is to take away the part along x̂. The texts get the same from Kᵀ x, and the
+scale, by step 4, ∂loss/∂s = Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩ = Σᵢ ⟨xᵢ, (K y)ᵢ⟩ / s. A kernel writes K for a strip of rows, and the
+library's matrix product, as fast as the hardware goes, does the rest. No program adds to what another one wrote, so the
+same inputs give the same bits.
 
     python kernels/triton_contrastive.py       # without a GPU it runs in Triton's interpreter
+
+Try changing this (without a GPU). In `tile_shape` give float32 tiles of 32 × 16: ten programs for five, three times the
+memory for logsumexps, the same digits. Set STRIP = 700: backward takes 100 rows at a time, the same gradients. In
+`statistics_kernel` set of_row = S: the 57 columns beyond the seventh count as texts of similarity 0, and the loss is
+10.16 for 9.95. Add .half() to the features: the gradients are off by 4e-3, as K is rounded to bfloat16.
 """
 
 import os
@@ -51,22 +65,20 @@ import triton.language as tl
 
 from kernels import reference
 
-STRIP = 2**25  # entries of K that backward holds at once: 64 MB in bfloat16
+STRIP = 2**25  # entries of K that backward holds at once: 64 MiB in bfloat16, 128 in float32
 
 
 def tile_shape(dtype):
-    """Tile and launch options. Half types are multiplied on tensor cores, float32 on the general ones, in full
-    precision (Triton's default would be TF32). With 128 × 128 the backward tile would not fit into the registers."""
+    """Tile and launch options. float16 and bfloat16 are multiplied on tensor cores, float32 on the ordinary units, in
+    full precision (Triton's default is TF32). A backward tile of 128 × 128 spills: it needs too many registers."""
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. A Triton program works on blocks of numbers: `tl.arange` makes a block of indices, adding it to a pointer a
-# block of addresses, and `tl.load` fetches them all. Every tensor is contiguous here, so entry (i, d) of an (N, D) one
-# is at i·D + d (64-bit, as that may exceed 2³¹). A block's size is fixed, so at the matrix's edge a mask says which
-# entries exist; `other` stands for those that don't.
+# Kernels. Every tensor is contiguous here, so entry (i, d) of an (N, D) one is at i·D + d. That may exceed 2³¹, so
+# program numbers are made 64-bit first. `other` is what entries beyond the matrix's edge read as.
 
 
 @triton.jit
@@ -97,7 +109,7 @@ def similarity(
     x, y, rx, ry, scale, rows, columns, N, M, D, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The tile S[rows, columns], (BLOCK_N, BLOCK_M) float32. The features are multiplied as they came, and the result
-    is scaled to unit lengths: so no rounded unit vectors are needed."""
+    is scaled to unit lengths: unit vectors, rounded to 16 bits, would lose digits that the features have."""
     S = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -167,7 +179,10 @@ def gradient_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators: PyTorch's dispatcher, autograd and compiler see each as a single step.
+# Operators. `custom_op` makes a function an operator of PyTorch like any other: autograd and torch.compile take it as
+# one step and do not look inside. `mutates_args=()` promises that it writes to none of its arguments, so the compiler
+# may reorder and merge calls. `register_fake`, below, tells shapes and types of the results without computing them,
+# which is all that the compiler needs to plan a whole step; `register_autograd` names the backward.
 
 
 def measure(x, labels, other_labels):
@@ -203,6 +218,14 @@ def contrastive_forward(
     return loss.float(), torch.cat([of_rows, row_lse[None]]), torch.cat([of_columns, column_lse[None]])
 
 
+def through_normalization_(product, features, inverse_norm):
+    """K y (n, D) float32 becomes ∂loss/∂x = K y − x̂ ⟨x̂, K y⟩, in place. Returns Σᵢ ⟨xᵢ, (K y)ᵢ⟩."""
+    along = torch.einsum("nd,nd->n", features.float(), product)
+    unit = features * inverse_norm[:, None]
+    product.addcmul_(unit, (inverse_norm * along)[:, None], value=-1)
+    return along.sum()
+
+
 @torch.library.custom_op("kernels::contrastive_backward", mutates_args=())
 def contrastive_backward(
     grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, x_labels: Tensor, y_labels: Tensor,
@@ -213,19 +236,13 @@ def contrastive_backward(
     (N, D), M = x.shape, len(y)
     (rx, x_weight, x_share, row_lse), (ry, y_weight, y_share, column_lse) = of_rows, of_columns
     shape = tile_shape(x.dtype)
-    # float16 would lose small gradients, bfloat16 has float32's range.
+    # K in bfloat16 even for float16 features: its entries, about 1 / (N·M), may lie below float16's range.
     dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     strip = max(1, STRIP // M)
     K = torch.empty(min(strip, N), M, dtype=dtype, device=x.device)
     x_factor, y_factor = x.to(dtype), y.to(dtype)
     dx, dscale = torch.empty_like(x), torch.zeros_like(scale)
     Kx = x.new_zeros(M, D, dtype=torch.float32)
-
-    def through_normalization(product, features, inverse_norm):
-        """K y (n, D) float32 → ∂loss/∂x (n, D), in place; and Σᵢ ⟨xᵢ, (K y)ᵢ⟩, a scalar."""
-        along = torch.einsum("nd,nd->n", features.float(), product)
-        unit = features * inverse_norm[:, None]
-        return product.addcmul_(unit, (inverse_norm * along)[:, None], value=-1), along.sum()
 
     with torch.autocast(x.device.type, enabled=False):  # backward may run within the user's
         for first in range(0, N, strip):
@@ -237,9 +254,11 @@ def contrastive_backward(
                 scale, grad, K, first, rows.stop, M, D, **shape,
             )  # fmt: skip
             Kx += K[:count].T @ x_factor[rows]
-            dx[rows], along = through_normalization((K[:count] @ y_factor).float(), x[rows], rx[rows])
-            dscale += along
-        return dx, through_normalization(Kx, y, ry)[0].to(y.dtype), dscale / scale
+            Ky = (K[:count] @ y_factor).float()
+            dscale += through_normalization_(Ky, x[rows], rx[rows])
+            dx[rows] = Ky
+        through_normalization_(Kx, y, ry)
+        return dx, Kx.to(y.dtype), dscale / scale
 
 
 @contrastive_forward.register_fake
@@ -261,7 +280,7 @@ def backward(ctx, grad, *_):
 
 
 def refuse(ctx, *_):
-    raise RuntimeError("contrastive_loss can't be differentiated twice; leave create_graph away")
+    raise RuntimeError("contrastive_loss can't be differentiated twice; do not pass create_graph=True")
 
 
 contrastive_forward.register_autograd(backward, setup_context=save_for_backward)
@@ -269,7 +288,12 @@ contrastive_backward.register_autograd(refuse)
 
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
-    """As `kernels.reference.contrastive_loss`, on the GPU. Both features are float32, float16 or bfloat16."""
+    """As `kernels.reference.contrastive_loss`, on the GPU. Both features are float32, float16 or bfloat16.
+
+    What the inputs cost: features of two types are copied to a type that holds both; features that are not contiguous
+    are copied in forward and again in backward; float16 features are copied to bfloat16 in backward, which keeps 8 of
+    their 11 binary digits; a scale that is a number is copied to the GPU. Triton compiles once for each type, and
+    again when N, M or D changes between 1, multiples of 16, and the rest."""
     image_labels, text_labels = reference.check_pairs(image_features, text_features, image_labels, text_labels)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=image_features.device)
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
@@ -298,11 +322,10 @@ def main():
     print(f"loss {loss:.6f}, in double precision {exact:.6f}")
     for name, ours, theirs in zip("xys", gradients, torch.autograd.grad(exact, exact_inputs), strict=True):
         print(f"∂loss/∂{name}: relative error {(ours - theirs).norm() / theirs.norm():.1e}")
-    N = 32768
-    print(
-        f"of {N:,} images and as many texts the similarities alone would take {N * N * 4 / 2**30:.0f} GB; here K takes"
-    )
-    print(f"{STRIP * 2 / 2**20:.0f} MB at a time, and the tiles' sums {2 * N * N / 64 * 4 / 2**20:.0f} MB at most")
+    N, mib, shape = 32768, 4 / 2**20, tile_shape(torch.float32)
+    logsumexps = N * N / shape["BLOCK_M"] + N * N / shape["BLOCK_N"]
+    print(f"{N:,} images and as many texts, all in float32: the similarities would take {N * N * mib:,.0f} MiB;")
+    print(f"here the tiles' logsumexps take {logsumexps * mib:.0f} MiB, and K {STRIP * mib:.0f} MiB at a time")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """Spherical linear interpolation in Triton: a row is read once, and its gradient written once.
 
-`reference.py` has the formula and the cases; there PyTorch runs some forty operations, each of which reads and writes
-the whole (N, D) array. Here a program takes a few rows, and all between reading and writing happens in registers. In
-NumPy's words, for a row:
+`reference.py` has the formula and its three cases; there PyTorch runs some forty operations, each of which reads and
+writes the whole (N, D) array. Here a program takes a few whole rows, and all between reading and writing happens in
+registers. In NumPy's words, for a row:
 
     a, b = a / |a|, b / |b|
     theta = 2 * arctan2(|a - b|, |a + b|)
-    out = sin((1 - t) theta) / sin(theta) * a + sin(t theta) / sin(theta) * b  =  α a + β b
+    out = sin((1 - t) * theta) / sin(theta) * a + sin(t * theta) / sin(theta) * b  =  α a + β b
 
-The coefficients α and β depend on a and b only through c = cos θ = ⟨a, b⟩. So with g, the gradient that comes in,
+Backward, g is the gradient that comes in, ∂loss/∂out. out = α a + β b depends on a in two ways: directly, with the
+factor α, and through α and β, which depend on a and b only by c = cos θ = ⟨a, b⟩; ∂c/∂a = b and ∂c/∂b = a. So
 
     κ = ∂loss/∂c = ⟨g, a⟩ ∂α/∂c + ⟨g, b⟩ ∂β/∂c
     ∂loss/∂a = α g + κ b        ∂loss/∂b = β g + κ a        ∂loss/∂t = ⟨g, a⟩ ∂α/∂t + ⟨g, b⟩ ∂β/∂t
 
-and the normalization takes away the part along a, and divides by its length, as always.
+and normalization takes away the part along a and divides by the length (step 5 of `reference.py`).
 
     python kernels/triton_slerp.py       # without a GPU it runs in Triton's interpreter
+
+Try changing this, in the line that sets PARALLEL here (without a GPU): with tl.constexpr(0.0) θ = 0 divides 0 by 0 and
+gives nan; with 2.0 the series serves all angles, and θ = 1.5 comes out as 0.3526 for 0.375. In
+`backward_kernel` leave `kappa[:, None] * unit_b` out of d_a: ∂a, and only it, is off by 2 %, the part that the
+coefficients' own change contributes.
 """
 
 import math
@@ -51,14 +57,14 @@ def load_unit(x, rows, d, N, D):
 
 @triton.jit
 def angle(difference, total):
-    """2 · atan2(√difference, √total), which Triton has no function for. atan is a polynomial near 0 (Cephes' atanf);
-    larger ratios are brought there by atan r = π/2 − atan 1/r and atan r = π/4 + atan((r − 1)/(r + 1))."""
+    """2 · atan2(√difference, √total). Triton has no atan, so: atan x is a polynomial near 0 (Cephes' atanf), and larger
+    arguments are brought there by atan x = π/2 − atan 1/x and atan x = π/4 + atan((x − 1)/(x + 1))."""
     u, v = tl.sqrt(difference), tl.sqrt(total)
     ratio = tl.minimum(u, v) / tl.maximum(u, v)
     large = ratio > 0.4142135623730950
-    r = tl.where(large, (ratio - 1) / (ratio + 1), ratio)
-    z = r * r
-    atan = (((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1) * z * r + r
+    x = tl.where(large, (ratio - 1) / (ratio + 1), ratio)
+    z = x * x
+    atan = (((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1) * z * x + x
     atan += tl.where(large, PI / 4, 0.0)
     return 2 * tl.where(u > v, PI / 2 - atan, atan)
 
@@ -78,11 +84,13 @@ def coefficients(a, b, t):
     sine, cosine = tl.sin(theta), tl.cos(theta)
     sine_s, cosine_s, sine_t, cosine_t = tl.sin(s * theta), tl.cos(s * theta), tl.sin(t * theta), tl.cos(t * theta)
     alpha, beta = sine_s / sine, sine_t / sine
-    # ∂θ/∂c = −1 / sin θ
+    # By c: the quotient rule gives ∂α/∂θ = (s cos sθ − α cos θ) / sin θ, β likewise with t, and c = cos θ gives
+    # ∂θ/∂c = −1 / sin θ. By t: only the numerators depend on it, through s = 1 − t and t.
     alpha_c, beta_c = (alpha * cosine - s * cosine_s) / (sine * sine), (beta * cosine - t * cosine_t) / (sine * sine)
     alpha_t, beta_t = -theta * cosine_s / sine, theta * cosine_t / sine
 
-    # Nearly parallel: the series in θ² ≈ difference = 2 − 2c, so ∂/∂c = −2 ∂/∂difference.
+    # Nearly parallel: with q = difference = 2 − 2c ≈ θ² the series are β = t + (t − t³) q/6, and α the same in s, where
+    # s (1 − s²) = s t (2 − t). By c: ∂q/∂c = −2, times (t − t³)/6. By t: 1 + (1 − 3t²) q/6, for α times ∂s/∂t = −1.
     square = tl.where(parallel, difference, 0.0)
     alpha = tl.where(parallel, s * (1 + t * (2 - t) * square / 6), alpha)
     beta = tl.where(parallel, t * (1 + (1 - t * t) * square / 6), beta)
@@ -91,7 +99,7 @@ def coefficients(a, b, t):
     alpha_t = tl.where(parallel, -1 + (2 - 6 * t + 3 * t * t) * square / 6, alpha_t)
     beta_t = tl.where(parallel, 1 + (1 - 3 * t * t) * square / 6, beta_t)
 
-    # Nearly opposite: a half circle, of a direction that is held fixed.
+    # Nearly opposite: a half circle, cos πt · a + sin πt · (a direction that is held fixed, so c has no influence).
     turn = t * PI
     alpha, beta = tl.where(opposite, tl.cos(turn), alpha), tl.where(opposite, tl.sin(turn), beta)
     alpha_c, beta_c = tl.where(opposite, 0.0, alpha_c), tl.where(opposite, 0.0, beta_c)
@@ -148,6 +156,7 @@ def backward_kernel(d_out, a, b, t, da, db, dt, N, D, BLOCK_N: tl.constexpr, BLO
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Operators: `triton_contrastive.py` says what `custom_op` and its companions do.
 
 
 def launch_shape(D):
@@ -162,7 +171,8 @@ def slerp_forward(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     (N, D), shape = a.shape, launch_shape(a.shape[1])
     out = torch.empty_like(a)
     if N:
-        forward_kernel[triton.cdiv(N, shape["BLOCK_N"]),](a, b, t, out, N, D, **shape)
+        grid = (triton.cdiv(N, shape["BLOCK_N"]),)
+        forward_kernel[grid](a, b, t, out, N, D, **shape)
     return out
 
 
@@ -172,7 +182,8 @@ def slerp_backward(grad: Tensor, a: Tensor, b: Tensor, t: Tensor) -> tuple[Tenso
     (N, D), shape = a.shape, launch_shape(a.shape[1])
     da, db, dt = (torch.empty_like(tensor) for tensor in (a, b, t))
     if N:
-        backward_kernel[triton.cdiv(N, shape["BLOCK_N"]),](grad, a, b, t, da, db, dt, N, D, **shape)
+        grid = (triton.cdiv(N, shape["BLOCK_N"]),)
+        backward_kernel[grid](grad, a, b, t, da, db, dt, N, D, **shape)
     return da, db, dt
 
 
@@ -195,7 +206,9 @@ def backward(ctx, grad):
 
 
 def refuse(ctx, *_):
-    raise RuntimeError("this slerp can't be differentiated twice; leave create_graph away, or use kernels.reference")
+    raise RuntimeError(
+        "this slerp can't be differentiated twice; do not pass create_graph=True, or use kernels.reference"
+    )
 
 
 slerp_forward.register_autograd(backward, setup_context=save_for_backward)
@@ -203,7 +216,8 @@ slerp_backward.register_autograd(refuse)
 
 
 def slerp(a, b, t):
-    """As `kernels.reference.slerp`, on the GPU. a and b are float32, float16 or bfloat16."""
+    """As `kernels.reference.slerp`, on the GPU. a and b are float32, float16 or bfloat16; of two types, both are copied
+    to one that holds both. Rows that are not contiguous are copied, and t, if it is a number, is copied to the GPU."""
     t = reference.check_slerp(a, b, t)
     dtype = torch.promote_types(a.dtype, b.dtype)
     return slerp_forward(a.to(dtype), b.to(dtype), t.expand(len(a)))
@@ -213,10 +227,10 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"running {'on ' + torch.cuda.get_device_name() if device == 'cuda' else 'in the interpreter, on the CPU'}")
     print(
-        "from (1, 0) towards (cos θ, sin θ), a quarter of the way; the angle gone, in double precision, and as arccos"
+        "from (1, 0) a quarter of the way to (cos θ, sin θ), the angle in radians: slerp, exact, and what arccos of the"
     )
-    print("of the cosine in float32 would have it:")
-    for theta in (1e-4, 0.1, 1.5, 3.0):
+    print("cosine in float32 would make of it")
+    for theta in (0.0, 1e-4, 0.1, 1.5, 3.0):
         a = torch.tensor([[1.0, 0.0]], device=device)
         b = torch.tensor([[math.cos(theta), math.sin(theta)]], device=device)
         x, y = slerp(a, b, 0.25)[0].tolist()
