@@ -1,11 +1,12 @@
 """How fast the kernels are, and what they compile to.
 
-    python -m kernels.benchmark            # on a GPU: time, memory and error beside other ways to compute the same
-    python -m kernels.benchmark --static   # anywhere: registers, shared memory, instructions, and the floor
+    python kernels/benchmark.py            # on a GPU: time, memory and error beside other ways to compute the same
+    python kernels/benchmark.py --static   # anywhere: registers, shared memory, instructions, and the floor
 
 A time is the median of forward + backward, taken with GPU events; the variants take turns, and each call gets other
-inputs than the one before, so that no cache is measured. Extra memory is what the call takes beyond its inputs and
-their gradients. The error is that of the image gradient, relative, against the reference in float64.
+inputs than the one before. Extra memory is what the call takes beyond its inputs and their gradients. The error is that
+of the image gradient, relative, against the reference in float64. The floor is the least time that four matrix
+products can take: forward computes S, backward S again, K y and Kᵀ x. `first_steps.py` explains registers and the rest.
 """
 
 import argparse
@@ -14,20 +15,30 @@ import os
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from triton.compiler import ASTSource
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
 
 from errors import UserError, run_script
-from kernels import reference, triton_contrastive
-from kernels.triton_contrastive import contrastive_loss
-from kernels.triton_slerp import backward_kernel, forward_kernel, launch_shape
+from kernels import reference
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    from triton.compiler import ASTSource
+
+    from kernels import triton_contrastive
+    from kernels.triton_contrastive import contrastive_loss
+    from kernels.triton_slerp import backward_kernel, forward_kernel, launch_shape
+except ImportError:  # --help works all the same
+    triton = None
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # compute capability: limit of a program
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
@@ -217,6 +228,29 @@ def relative_error(gradient, exact):
     return ((gradient.double() - exact).norm() / exact.norm()).item()
 
 
+def compare(dtype, size):
+    """→ {variant: (ms, ms as a CUDA graph or None, extra bytes, error)}; None for a variant that ran out of memory."""
+    sets = inputs(size, dtype, copies=max(2, min(64, 2**28 // (size * D * 4))))
+    x, y, scale = (v.detach().double().requires_grad_() for v in sets[0])
+    exact = call(reference.contrastive_loss, x, y, scale)[0]
+    functions = {name: functools.partial(call, loss) for name, loss in variants().items()}
+    memory, error, graphs, too_large = {}, {}, {}, {}
+    for name, function in list(functions.items()):
+        try:
+            function(*sets[0])
+            memory[name] = extra_memory(function, sets[0])
+            error[name] = relative_error(function(*sets[0])[0], exact)
+            if size <= 4096 and name != "inf_cl":
+                graphs[name] = replayed(function, sets)
+        except torch.cuda.OutOfMemoryError:
+            del functions[name]
+            too_large[name] = None
+        torch.cuda.empty_cache()
+    times = milliseconds(functions, sets)
+    graph_times = milliseconds(graphs, sets) if graphs else {}
+    return {name: (times[name], graph_times.get(name), memory[name], error[name]) for name in times} | too_large
+
+
 def measure():
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}\n")
     print("| type | N = M | variant | ms | this is faster by | graph ms | extra MB | error | TFLOP/s | of matmul |")
@@ -224,51 +258,28 @@ def measure():
     for dtype in (torch.bfloat16, torch.float32):
         ceiling = matmul_ceiling(dtype)
         for size in SIZES:
-            copies = max(2, min(64, 2**28 // (size * D * 4)))
-            sets = inputs(size, dtype, copies)
-            x, y, scale = (v.detach().double().requires_grad_() for v in sets[0])
-            exact = call(reference.contrastive_loss, x, y, scale)[0]
-            functions = {name: functools.partial(call, loss) for name, loss in variants().items()}
-            memory, error, graphs = {}, {}, {}
-            for name, function in list(functions.items()):
-                try:
-                    function(*sets[0])
-                    memory[name] = extra_memory(function, sets[0])
-                    error[name] = relative_error(function(*sets[0])[0], exact)
-                    if size <= 4096 and name != "inf_cl":
-                        graphs[name] = replayed(function, sets)
-                except torch.cuda.OutOfMemoryError:
-                    del functions[name]
-                    print(f"| {dtype} | {size:,} | {name} | out of memory | | | | | | |")
-                torch.cuda.empty_cache()
-            times = milliseconds(functions, sets)
-            graph_times = milliseconds(graphs, sets) if graphs else {}
-            for name, time in times.items():
-                rate = 4 * 2 * size * size * D / time / 1e9
-                graph = f"{graph_times[name]:.3f}" if name in graph_times else ""
-                cells = [
-                    str(dtype).removeprefix("torch."),
-                    f"{size:,}",
-                    name,
-                    f"{time:.3f}",
-                    f"{time / times['this']:.2f}×",
-                ]
-                cells += [
-                    graph,
-                    f"{memory[name] / 1e6:,.0f}",
-                    f"{error[name]:.1e}",
-                    f"{rate:.0f}",
-                    f"{rate / ceiling:.0%}",
-                ]
+            results = compare(dtype, size)
+            for name, result in results.items():
+                cells = [str(dtype).removeprefix("torch."), f"{size:,}", name]
+                if result is None:
+                    cells += ["out of memory", *[""] * 6]
+                else:
+                    ms, graph_ms, memory, error = result
+                    rate = 4 * 2 * size * size * D / ms / 1e9
+                    cells += [f"{ms:.3f}", f"{ms / results['this'][0]:.2f}×", f"{graph_ms:.3f}" if graph_ms else ""]
+                    cells += [f"{memory / 1e6:,.0f}", f"{error:.1e}", f"{rate:.0f}", f"{rate / ceiling:.0%}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--static", action="store_true", help="compile only; needs no GPU")
+    args = parser.parse_args()
+    if triton is None:
+        raise UserError("Triton for NVIDIA GPUs is not installed: pip install triton (there is none for macOS)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
-    if parser.parse_args().static:
+    if args.static:
         static()
     elif torch.cuda.is_available():
         measure()

@@ -384,10 +384,10 @@ def test_triton_is_for_gpus_that_it_has_tensor_cores_on(kind, capability, dtype,
     assert kernels.on_triton(Features) == expected
 
 
-def test_every_kernel_compiles_for_every_architecture_without_spills():
+def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.benchmark", "--static"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "kernels/benchmark.py", "--static"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.count("|") == 9 and "float" in line]
     rows = [[cell.strip() for cell in row] for row in rows]
@@ -395,6 +395,33 @@ def test_every_kernel_compiles_for_every_architecture_without_spills():
     for name, dtype, *architectures in rows:  # half types are multiplied on tensor cores, float32 is not
         multiplied = [int(cell.split(",")[2]) > 0 for cell in architectures]
         assert multiplied == [name in ("statistics", "gradient") and dtype != "float32"] * 6
+
+
+WITHOUT_TRITON = """
+import runpy, sys
+sys.modules["triton"] = None  # what is not installed
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("command", [["kernels/benchmark.py"], ["-m", "kernels.benchmark"], ["-c", WITHOUT_TRITON]])
+def test_the_benchmark_explains_itself_and_refuses_in_one_line(command, interpreted):
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
+    without_triton = command[0] == "-c"
+    command = [sys.executable, *command, *(["kernels/benchmark.py"] if without_triton else [])]
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    result = subprocess.run([*command, "--help"], **options)
+    assert result.returncode == 0 and "--static" in result.stdout and not result.stderr
+    if not without_triton and not interpreted:
+        if torch.cuda.is_available():
+            return  # it would measure
+        reason = "there is no GPU"
+    else:
+        reason = "not installed" if without_triton else "TRITON_INTERPRET=1 is set"
+    result = subprocess.run(command, **options)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and reason in result.stderr
 
 
 # --- on a GPU only ---------------------------------------------------------------------------------------------------
