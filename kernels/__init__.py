@@ -4,9 +4,9 @@
     slerp(a, b, t)                                                                                → (N, D), unit length
     top_k(queries, gallery, k)                                                                    → values, indices
 
-`reference.py` has the plain PyTorch version of each, whose docstrings are the definitions. On GPUs with the tensor
-cores that Triton knows (compute capability 8.0 and up) the first two run in Triton, `triton_contrastive.py` and
-`triton_slerp.py`; they are imported only then, so everything works without Triton.
+`reference.py` has the plain PyTorch version of each, whose docstrings are the definitions. On NVIDIA GPUs of compute
+capability 8.0 and up, whose tensor cores Triton uses, the first two run in Triton: `triton_contrastive.py` and
+`triton_slerp.py`. These are imported only then, so everything works without Triton. README.md says what to read first.
 """
 
 import torch
@@ -18,6 +18,7 @@ __all__ = ["contrastive_loss", "slerp", "top_k"]
 
 
 def on_triton(features):
+    """Whether the Triton kernels take features of this type on this device."""
     fits = features.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return features.is_cuda and fits and torch.cuda.get_device_capability(features.device) >= (8, 0)
 

@@ -213,9 +213,9 @@ class _ContrastiveLoss(torch.autograd.Function):
             for rows in strips(len(x), len(y)):
                 unit_x = x[rows] * x_inverse[rows]
                 S = (scale * unit_x) @ unit_y.T  # (n, M), the first product
-                G = row_weight[rows, None] * (S - row_lse[rows, None]).exp_()
-                G += column_weight * (S - column_lse).exp_()
-                G -= (row_share[rows, None] + column_share) * (x_labels[rows, None] == y_labels)
+                G = (S - row_lse[rows, None]).exp_().mul_(row_weight[rows, None])  # in place, on the new difference
+                G += (S - column_lse).exp_().mul_(column_weight)
+                G -= (row_share[rows, None] + column_share).mul_(x_labels[rows, None] == y_labels)
                 dx[rows] = G @ unit_y  # the second
                 dy.addmm_(G.T, unit_x)  # the third
                 dscale += through_normalization_(dx[rows], unit_x, factor * x_inverse[rows])

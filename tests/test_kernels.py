@@ -60,8 +60,8 @@ def plain_loss(x, y, scale, image_labels=None, text_labels=None):
     P = torch.eye(len(x), dtype=torch.bool) if image_labels is None else image_labels[:, None] == text_labels
     sides = []
     for logits, positive in ((S, P), (S.T, P.T)):
-        lines = [logit.logsumexp(0) - logit[p].mean() for logit, p in zip(logits, positive, strict=True) if p.any()]
-        sides.append(torch.stack(lines).mean())
+        losses = [logit.logsumexp(0) - logit[p].mean() for logit, p in zip(logits, positive, strict=True) if p.any()]
+        sides.append(torch.stack(losses).mean())
     return sum(sides) / 2
 
 
