@@ -131,7 +131,8 @@ def online_loss(x, y, scale, x_labels, y_labels):
 #
 #        Gᵢⱼ = ∂loss/∂Sᵢⱼ = wᵢ (softmax of row i − Pᵢⱼ/kᵢ) + vⱼ (softmax of column j − Pᵢⱼ/cⱼ)
 #
-#    A softmax is exp(S − logsumexp): forward keeps one number for each row and column, and backward computes S again.
+#    In the example G₁₁ = ⅙ (0.8 − 1) + ¼ (0.4 − ½) = -0.0583. A softmax is exp(S − logsumexp), so forward only has to
+#    keep one number for each row and column, and backward computes S again.
 # 3. Sᵢⱼ = s·x̂ᵢ·ŷⱼ has the derivative s·ŷⱼ by x̂ᵢ, and all of row i depends on x̂ᵢ: the parts add up. ŷⱼ likewise:
 #
 #        ∂loss/∂x̂ᵢ = s Σⱼ Gᵢⱼ ŷⱼ = s (G ŷ)ᵢ        ∂loss/∂ŷⱼ = s (Gᵀ x̂)ⱼ
@@ -143,8 +144,8 @@ def online_loss(x, y, scale, x_labels, y_labels):
 #        ∂loss/∂x = (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩) / ‖x‖
 #
 # Backward costs three matrix products: S again, G ŷ and Gᵀ x̂. On many processors it may be four: one that walks along
-# row i can add up (G ŷ)ᵢ in its registers, but (Gᵀ x̂)ⱼ has parts from every walk. To add those up in registers, too,
-# takes walks down the columns, which compute S once more.
+# row i can add up (G ŷ)ᵢ in its registers, its fastest memory, but (Gᵀ x̂)ⱼ has parts from every walk. To add those up
+# in registers, too, takes walks down the columns, which compute S once more.
 def check_pairs(image_features, text_features, image_labels, text_labels):
     """→ the labels, where there are none those of pairs. Raises ValueError where something does not fit."""
     if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
@@ -305,9 +306,8 @@ def show_example():
     labels, classes, scale = torch.tensor([0, 0, 1]), torch.arange(2), math.log(4)
     S = scale * unit(x) @ unit(y).T
     P = (labels[:, None] == classes).float()
-    row_count, column_count = P.sum(1), P.sum(0)
-    G = weights(row_count)[0][:, None] * (S.softmax(1) - P / row_count.clamp(min=1)[:, None])
-    G += weights(column_count)[0] * (S.softmax(0) - P / column_count.clamp(min=1))
+    (row_weight, row_share), (column_weight, column_share) = weights(P.sum(1)), weights(P.sum(0))
+    G = row_weight[:, None] * S.softmax(1) + column_weight * S.softmax(0) - (row_share[:, None] + column_share) * P
     print("            P                exp S            row softmax      column softmax   G")
     for i, row in enumerate(torch.cat([P, S.exp(), S.softmax(1), S.softmax(0), G], 1).tolist()):
         print(f"image {i + 1} ", *(f"{round(v, 4):8g}" for v in row), sep="")

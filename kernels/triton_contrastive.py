@@ -3,22 +3,23 @@
 `reference.py` defines the loss and derives its gradient, `first_steps.py` explains Triton. The reference walks over
 strips of rows, one after the other. Here the matrix is cut into tiles, and every tile is a program of its own:
 
-                        M texts
-              ┌──────────┬──────────┬───────┐
-              │ program  │ program  │ …     │ → row_part: of each row one logsumexp a tile
-     N images │ (0, 0)   │ (0, 1)   │       │
-              ├──────────┼──────────┼───────┤
-              │ (1, 0)   │ (1, 1)   │ …     │ → each tile also leaves one number, its sum over positives
-              └──────────┴──────────┴───────┘
-                ↓          ↓          ↓         column_part: of each column one logsumexp a tile
+                         M texts
+               64 columns   64 columns    …
+             ┌────────────┬────────────┬─────┐
+     64 rows │ tile (0,0) │ tile (0,1) │  …  │ → row_part: from each tile a logsumexp of each of its rows
+             ├────────────┼────────────┼─────┤
+     64 rows │ tile (1,0) │ tile (1,1) │  …  │   positive_part: from each tile one sum, over its positives
+             └────────────┴────────────┴─────┘
+                   ↓            ↓               column_part: from each tile a logsumexp of each of its columns
 
-In NumPy's words, with the inverse lengths rx, ry of the rows, with x_weight = 1 / number of images with a positive (0
-for the other images; the loss's ½ comes at the end here), and x_share = x_weight / positives of the image:
+In NumPy's words: rx, ry are the inverse lengths of the images and texts. x_weight is 1 / number of images with a
+positive, and 0 for the other images; x_share is x_weight / positives of the image. Of the texts likewise. (The weights
+of `reference.py` contain the loss's ½; here it comes at the end.)
 
     for I, J in tiles:                                               # a program each, many at a time, in any order
-        S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)                # in registers
-        row_part[J, I] = logsumexp(S, axis=1)                        # of this tile's columns
-        column_part[I, J] = logsumexp(S, axis=0)                     # of this tile's rows
+        S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)                # stays in registers
+        row_part[J, I] = logsumexp(S, axis=1)                        # over this tile's columns
+        column_part[I, J] = logsumexp(S, axis=0)                     # over this tile's rows
         positive_part[I, J] = sum(P * S * (x_share[I, None] + y_share[J]))
     row_lse, column_lse = logsumexp(row_part, axis=0), logsumexp(column_part, axis=0)
     loss = (sum(x_weight * row_lse) + sum(y_weight * column_lse) - sum(positive_part)) / 2
@@ -31,7 +32,8 @@ Backward, S is computed again, which is cheaper than storing it. By steps 2, 3 a
     G = ½ [ x_weight exp(S − row_lse) + y_weight exp(S − column_lse) − P (x_share + y_share) ]
     ∂loss/∂x̂ = s G ŷ        ∂loss/∂x = rx (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩)
 
-Unit vectors are not stored. With ŷ = ry y, the first term is rx s G (ry y): one matrix times the features as they came,
+Unit vectors are not stored. With ŷ = ry y, row by row, the first term rx ∂loss/∂x̂ is rx s G (ry y). All factors but
+the last go into one matrix, and that multiplies the features as they came:
 
     Kᵢⱼ = rxᵢ s Gᵢⱼ ryⱼ        rx ∂loss/∂x̂ = K y        ∂loss/∂x = K y − x̂ ⟨x̂, K y⟩
 
@@ -43,9 +45,10 @@ same inputs give the same bits.
     python kernels/triton_contrastive.py       # without a GPU it runs in Triton's interpreter
 
 Try changing this (without a GPU). In `tile_shape` give float32 tiles of 32 × 16: ten programs for five, three times the
-memory for logsumexps, the same digits. Set STRIP = 700: backward takes 100 rows at a time, the same gradients. In
+memory for logsumexps, the same loss. Set STRIP = 700: backward takes 100 rows at a time, the same gradients. In
 `statistics_kernel` set of_row = S: the 57 columns beyond the seventh count as texts of similarity 0, and the loss is
-10.16 for 9.95. Add .half() to the features: the gradients are off by 4e-3, as K is rounded to bfloat16.
+10.16 for 9.95. Make the features torch.randn(n, D).half().requires_grad_(): the gradients are off by 4e-3, as K
+and the features are rounded to bfloat16 for the products.
 """
 
 import os

@@ -330,6 +330,7 @@ def test_the_worked_example_is_right_where_it_is_written_and_where_it_is_printed
     rows = (S.logsumexp(1) - (S * P).sum(1)).mean()
     columns = (S.logsumexp(0) - (S * P).sum(0) / torch.tensor([2, 1])).mean()
     (G,) = torch.autograd.grad((rows + columns) / 2, S)
+    assert G[0, 0].item() == pytest.approx((0.8 - 1) / 6 + (0.4 - 0.5) / 4)  # as step 2 of the derivation writes it
     expected = torch.cat([P, S.exp(), S.softmax(1), S.softmax(0), G], 1).detach()
     loss = plain_loss(x, torch.eye(2, 4).double(), scale, *labels)
 
