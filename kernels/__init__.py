@@ -9,6 +9,8 @@ capability 8.0 and up, whose tensor cores Triton uses, the first two run in Trit
 `triton_slerp.py`. These are imported only then, so everything works without Triton. README.md says what to read first.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from kernels import reference
@@ -17,10 +19,15 @@ from kernels.reference import top_k
 __all__ = ["contrastive_loss", "slerp", "top_k"]
 
 
+HAS_TRITON = find_spec("triton") is not None  # on Windows and macOS there is none
+
+
 def on_triton(features):
     """Whether the Triton kernels take features of this type on this device."""
+    if not (HAS_TRITON and features.is_cuda):
+        return False
     fits = features.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return features.is_cuda and fits and torch.cuda.get_device_capability(features.device) >= (8, 0)
+    return fits and torch.cuda.get_device_capability(features.device) >= (8, 0)
 
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):

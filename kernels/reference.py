@@ -137,12 +137,11 @@ def online_loss(x, y, scale, x_labels, y_labels):
 #
 #        ∂loss/∂x̂ᵢ = s Σⱼ Gᵢⱼ ŷⱼ = s (G ŷ)ᵢ        ∂loss/∂ŷⱼ = s (Gᵀ x̂)ⱼ
 #
-# 4. The derivative of Sᵢⱼ by s is x̂ᵢ·ŷⱼ, so ∂loss/∂s = Σᵢⱼ Gᵢⱼ x̂ᵢ·ŷⱼ = Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩: no further product.
+# 4. The derivative of Sᵢⱼ by s is x̂ᵢ·ŷⱼ, so ∂loss/∂s = Σᵢⱼ Gᵢⱼ x̂ᵢ·ŷⱼ = Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩ / s: no further product.
 # 5. x̂ = x/‖x‖. A step along x̂ changes nothing, a step across it turns x̂ by the step's length / ‖x‖; in one formula,
 #    dx̂ = (dx − x̂ ⟨x̂, dx⟩)/‖x‖. This map is symmetric, so the gradient comes back through the same one:
 #
 #        ∂loss/∂x = (∂loss/∂x̂ − x̂ ⟨x̂, ∂loss/∂x̂⟩) / ‖x‖
-#
 # Backward costs three matrix products: S again, G ŷ and Gᵀ x̂. On many processors it may be four: one that walks along
 # row i can add up (G ŷ)ᵢ in its registers, its fastest memory, but (Gᵀ x̂)ⱼ has parts from every walk. To add those up
 # in registers, too, takes walks down the columns, which compute S once more.
@@ -210,25 +209,26 @@ class _ContrastiveLoss(torch.autograd.Function):
         row_lse, row_weight, row_share, column_lse, column_weight, column_share = of_rows_and_columns
         dx, dy, dscale = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(scale)
         with torch.autocast(x.device.type, enabled=False):  # backward may run within the user's
-            unit_y, factor = y * y_inverse, grad * scale
+            unit_y = y * y_inverse
             for rows in strips(len(x), len(y)):
                 unit_x = x[rows] * x_inverse[rows]
                 S = (scale * unit_x) @ unit_y.T  # (n, M), the first product
                 G = (S - row_lse[rows, None]).exp_().mul_(row_weight[rows, None])  # in place, on the new difference
                 G += (S - column_lse).exp_().mul_(column_weight)
                 G -= (row_share[rows, None] + column_share).mul_(x_labels[rows, None] == y_labels)
+                G *= grad * scale  # step 3's s, and the gradient that comes in
                 dx[rows] = G @ unit_y  # the second
                 dy.addmm_(G.T, unit_x)  # the third
-                dscale += through_normalization_(dx[rows], unit_x, factor * x_inverse[rows])
-            through_normalization_(dy, unit_y, factor * y_inverse)
-        return dx, dy, grad * dscale, None, None
+                dscale += through_normalization_(dx[rows], unit_x, x_inverse[rows])
+            through_normalization_(dy, unit_y, y_inverse)
+        return dx, dy, dscale / scale, None, None
 
 
-def through_normalization_(product, unit_x, factor):
-    """Steps 4 and 5: G ŷ (n, D) becomes ∂loss/∂x, in place, as a copy of (M, D) would be large → Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩."""
-    along = torch.einsum("nd,nd->n", product, unit_x)
-    product.addcmul_(unit_x, along[:, None], value=-1)
-    product *= factor
+def through_normalization_(gradient, unit_x, inverse):
+    """Step 5: ∂loss/∂x̂ (n, D) becomes ∂loss/∂x, in place, as a copy of (M, D) would be large → Σᵢ ⟨x̂ᵢ, ∂loss/∂x̂ᵢ⟩."""
+    along = torch.einsum("nd,nd->n", gradient, unit_x)
+    gradient.addcmul_(unit_x, along[:, None], value=-1)
+    gradient *= inverse
     return along.sum()
 
 
