@@ -36,7 +36,7 @@ FIGURES = {  # key in metrics.json: column
     "i2i_mrr": "MRR",
     "t2i_recall@1": "text→image R@1",
     "t2i_mrr": "MRR",
-    "t2i_caption_recall@1": "by caption R@1",
+    "t2i_caption_recall@1": "same caption R@1",
     "t2i_caption_mrr": "MRR",
 }
 

@@ -125,7 +125,7 @@ def _stored(name, shape, naming):
 
 def save_clip(clip, file):
     """Write a `CLIP` to a .safetensors file by Hugging Face's tensor names, in float16: its range is enough, and its
-    rounding (1/2000) is far below what training leaves to chance. Adapters should be merged."""
+    rounding (1/2000) is far smaller than the difference between two training runs. Adapters should be merged."""
     tensors = {  # a merged adapter has done its work, and its base is the layer
         translate(name.replace(".base.", "."), HUGGING_FACE): tensor.half().contiguous()
         for name, tensor in clip.state_dict().items()
@@ -186,7 +186,7 @@ def base_folder(weights):
 
 
 def load_base(weights):
-    """→ (CLIP, Tokenizer) of a pretrained base model."""
+    """→ (CLIP, Tokenizer) of a pretrained base model. Raises UserError where there is none, or its merges don't fit."""
     path = base_folder(weights)
     clip = load_clip(path)
     tokenizer = Tokenizer(path if path.is_dir() else path.parent)

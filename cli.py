@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that names the defaults in its help, and whose errors are one line, as all our errors are."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=Help)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message}; see python {self.prog} --help")
@@ -36,7 +36,9 @@ def add_machine_flags(parser):
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
 
 
-def add_run_flags(parser, data_help="images, as train.py takes them; by default those that the run was trained with"):
+def add_run_flags(
+    parser, data_help="images, as train.py takes them; by default the data set that the run was trained on"
+):
     """Which fine-tuned model to use, and on what: --data, --run, --weights and --batch-size."""
     parser.add_argument("--data", help=data_help)
     parser.add_argument("--run", type=Path, help="a fine-tuned model's folder; by default the newest in runs/")
@@ -57,6 +59,7 @@ def positive_int(text):
 
 
 def find_device(name):
+    """The --device flag → torch.device; auto takes a GPU if there is one. Raises UserError where there is none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -66,10 +69,11 @@ def find_device(name):
 
 
 def mixed_precision(device):
-    """The type that the towers compute in: bfloat16 on GPUs that know it, float16 on older ones, float32 elsewhere.
+    """The type that the towers compute in: bfloat16 on GPUs that support it, float16 on older ones, float32 elsewhere.
 
-    Both 16-bit types halve the traffic and run on the GPU's matrix units. bfloat16 has float32's range, with 8 binary
-    digits. float16 has 11, but ends at 65,504 above and 6e-8 below, so small gradients vanish (see `Optimization`).
+    Both 16-bit types halve the traffic and run on the GPU's matrix units. bfloat16 has float32's range, with 7 digits
+    after the binary point instead of 23. float16 has 10, but ends at 65,504 above and 6e-8 below, so small gradients
+    vanish (see `Optimization` in train.py).
     """
     if device.type != "cuda":
         return torch.float32
@@ -95,7 +99,7 @@ class Progress:
         self.last = self.start
 
     def __call__(self, done, text, loss=None):
-        """loss: a scalar tensor; on a GPU it is waited for only when the line is due."""
+        """loss: a scalar tensor; its value is fetched from a GPU only when a line is printed."""
         now = time.monotonic()
         if now - self.last < 1:
             return

@@ -4,7 +4,7 @@ A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
     group (a patient, say: images of one group stay on one side of a split) and split (train, val or test);
-  - the ENTRep challenge's folder, told by its cls.json and data.json (entrep.py);
+  - the ENTRep challenge's folder, recognized by its cls.json and data.json (entrep.py);
   - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
 
 Why groups matter: neighbouring frames of one video are nearly the same picture. A random split puts them on both sides,
@@ -108,9 +108,10 @@ def _read_manifest(file):
 def split_dataset(samples, how="auto", seed=0, fraction=0.2):
     """Samples → {"train": […], "val": […], "test": […]}; test is empty unless the manifest has one.
 
-    how: "manifest" takes its split column; "group" holds out whole groups; "random" is stratified by class; "auto" is
-    the first of these that the data has. About `fraction` of each class is held out, at least one image, or one group;
-    a class with one group only stays in train. Raises UserError where the labels do not allow to train.
+    how: "manifest" takes its split column (without a val in it, val is taken from train, by groups if there are any);
+    "group" holds out whole groups; "random" is stratified by class; "auto" is the first of these that the data has.
+    About `fraction` of each class is held out, at least one image, or one group; a class with one group only stays in
+    train. Raises UserError where the labels do not allow training.
     """
     unlabelled = next((sample for sample in samples if sample.label is None), None)
     if unlabelled:
@@ -142,8 +143,8 @@ def class_names(samples):
     return sorted({sample.label for sample in samples})
 
 
-def held_out(splits):
-    """The name of the split whose figures count: test, which no epoch was chosen by, else val."""
+def scored_split(splits):
+    """The name of the split that a run's final figures are of: test, which nothing was chosen by, else val."""
     return "test" if splits["test"] else "val"
 
 
@@ -171,41 +172,43 @@ def _split_by_manifest(samples, seed, fraction):
         raise UserError("not every entry of the manifest has a split; fill the column, or use --split random")
     splits = {name: [s for s in samples if s.split == name] for name in ("train", "val", "test")}
     if splits["test"] and splits["train"] and not splits["val"]:
-        splits |= _split_randomly(splits["train"], seed, fraction) | {"test": splits["test"]}
+        by_group = all(sample.group for sample in splits["train"])
+        rest = (_split_by_group if by_group else _split_randomly)(splits["train"], seed, fraction)
+        splits |= {"train": rest["train"], "val": rest["val"]}
     return splits
 
 
 def _split_randomly(samples, seed, fraction):
-    rng, held_out = random.Random(seed), set()
+    rng, chosen = random.Random(seed), set()
     for label, members in _by_label(samples).items():
         images = sorted({sample.image for sample in members})  # an image with two captions stays on one side
         if len(images) < 2:
             raise UserError(f"class {label!r} has one image; it needs two, one to train on and one to validate on")
-        held_out.update(rng.sample(images, max(1, round(fraction * len(images)))))
-    return _hold_out(samples, lambda sample: sample.image in held_out)
+        chosen.update(rng.sample(images, max(1, round(fraction * len(images)))))
+    return _divide(samples, lambda sample: sample.image in chosen)
 
 
-def _hold_out(samples, held_out):
-    return {"train": [s for s in samples if not held_out(s)], "val": [s for s in samples if held_out(s)], "test": []}
+def _divide(samples, in_val):
+    return {"train": [s for s in samples if not in_val(s)], "val": [s for s in samples if in_val(s)], "test": []}
 
 
 def _split_by_group(samples, seed, fraction):
     if not all(sample.group for sample in samples):
         raise UserError("not every image has a group; fill the manifest's group column, or use --split random")
-    rng, held_out = random.Random(seed), set()
+    rng, chosen = random.Random(seed), set()
     for members in _by_label(samples).values():
         sizes = Counter(sample.group for sample in members)
         groups = sorted(sizes)
         rng.shuffle(groups)
         groups.sort(key=lambda group: max(0, sizes[group] - fraction * len(members)))  # those that fit first, at random
         for group in groups:
-            out = [sample for sample in members if sample.group in held_out]
+            out = [sample for sample in members if sample.group in chosen]
             # A group may hold images of several classes: none of them may lose its last group to train on.
             touched = {sample.label for sample in samples if sample.group == group}
-            left = {sample.label for sample in samples if sample.group not in held_out | {group}}
+            left = {sample.label for sample in samples if sample.group not in chosen | {group}}
             if len(out) < fraction * len(members) and touched <= left:
-                held_out.add(group)
-    return _hold_out(samples, lambda sample: sample.group in held_out)
+                chosen.add(group)
+    return _divide(samples, lambda sample: sample.group in chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from errors import UserError
 from images import find_files, find_images
-from prompts import ENTREP
+from prompts import ENTREP_PROMPTS
 
 
 def read_entrep(root):
@@ -37,7 +37,7 @@ def read_entrep(root):
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
             raise UserError(f"{index} is not as ENTRep's is ({type(problem).__name__}: {problem})") from None
         files = {file.name.lower(): file for file in find_images(index.parent)}
-        names = list(ENTREP)
+        names = list(ENTREP_PROMPTS)
         for image, label, caption in rows:
             name = Path(image).name
             if name.lower() not in files:

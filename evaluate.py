@@ -15,7 +15,7 @@ import sys
 import torch
 
 from cli import Parser, add_run_flags, find_device
-from data import held_out, load_dataset, split_dataset
+from data import load_dataset, scored_split, split_dataset
 from errors import UserError, run_script
 from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
 from runs import encode_images, encode_texts, find_run, load_run
@@ -46,7 +46,8 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
     results |= _search("t2i", prompts, torch.tensor(text_labels), images, labels)
     captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
     if captions:
-        numbers = _numbers([*captions, *(s.caption or s for s in samples)])  # no two images without one are the same
+        # An image without a caption shares none: it is numbered as itself.
+        numbers = _numbers([*captions, *(s.caption or s.image for s in samples)])
         queries, own = numbers[: len(captions)], numbers[len(captions) :]
         results |= _search("i2i_caption", images, own, images, own, same_group)
         results |= _search("t2i_caption", encode_texts(model, tokenizer, captions, device), queries, images, own)
@@ -118,7 +119,7 @@ def labelled_samples(data, metadata):
     if data is None:
         settings = metadata.settings
         splits = split_dataset(load_dataset(settings.data), settings.split, settings.seed)
-        name = held_out(splits)
+        name = scored_split(splits)
         return splits[name], f"the run's own {name} images of {settings.data}"
     samples = load_dataset(data)
     bare = next((sample.image for sample in samples if sample.label is None), None)

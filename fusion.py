@@ -14,27 +14,37 @@ fused into one embedding:
                        └──┴─┬┴──┘
                            fuse           → z: (B, 512), the image's embedding
 
-W and ln_post were trained for the last token alone. The earlier tokens borrow them, as nothing better is at hand; their
-own copies of the LayerNorm are free to learn another scale. With e the last level's embedding, which is exactly CLIP's
+W and ln_post were trained for the last token alone. The earlier tokens borrow them, for want of better ones; their own
+copies of the LayerNorm are free to learn another scale. With e the last level's embedding, which is exactly CLIP's
 own, and l running over the earlier levels:
 
     gate     e + Σ gₗ ⊙ eₗ               gₗ a vector of embed_dim gates, starting at 0
-    slerp    ê, then towards each eₗ     fold along great circles by a trained fraction tₗ each, starting at 0
+    slerp    ê, then towards each eₗ     along great circles, the shortest ways on the sphere, by trained fractions tₗ
+                                         that start at 0
     concat   e + V [c₃; c₆; c₉]          LayerNormed tokens side by side, V starting at 0
     mean     average of the unit eₗ      nothing new but the LayerNorms; does not start as CLIP
 
 In all modes but `mean` the new path starts at zero, so an untrained model still answers zero-shot as CLIP does. A zero
-gate learns nevertheless: ∂loss/∂gₗ = ∂loss/∂z ⊙ eₗ, and eₗ is not zero.
+gate learns nevertheless: ∂loss/∂gₗ = ∂loss/∂z ⊙ eₗ, and eₗ is not zero. V and tₗ likewise.
 
-What do the levels know? `python fusion.py` asks them. It trains a *linear probe* on each block's CLS token of the small
-CLIP, a linear classifier that shows what can be read off the token: the class, the finding, and through which of two
-scopes the picture was taken. It finds that class and finding grow clearer up to the last block, while the scope, a
-matter of tint and sharpness, is clearest some blocks before it: the last level has begun to forget it.
+What do the levels know? `python fusion.py` asks the small CLIP. It trains a *linear probe* on each block's CLS token, a
+linear classifier that shows what can be read off it: the class, the finding, and through which of two scopes the
+picture was taken. With 210 phantoms to test on (so ± 0.02 or so is chance):
+
+    block                  1     2     4     6     8     2, 4, 6, 8 side by side
+    class (of 7)         0.60  0.81  0.95  0.97  0.97    0.98
+    finding (of 5)       0.51  0.66  0.69  0.69  0.75    0.72
+    scope (of 2)         0.82  0.88  0.93  0.88  0.86    0.93
+
+Class and finding grow clearer up to the last block. The scope, a matter of tint and sharpness, is clearest half-way:
+the last block has begun to forget it, and fusion brings it back. That may help a classifier to allow for the scope.
+`main` prints what each mode gains for the class here: little, as the last level alone is nearly right.
 
 Source: arXiv 2509.00752. It names the components; the modes and their zero start are this project's choices.
 
-Try changing this: start the gates at 1. The untrained model is then no longer CLIP, and on these phantoms not the worse
-for it. Raise the probe's ridge to 10: the scope becomes hard to read, the class does not.
+Try changing this: start the gates at 1. The untrained model is then no longer CLIP, and here it even ends higher, at
+0.986 instead of 0.967; zero is kept so that training starts from what CLIP knows. Raise the probe's ridge to 10: the
+scope becomes hard to read, the class does not.
 """
 
 import torch
@@ -100,7 +110,8 @@ class FusedCLIP(nn.Module):
 
     mode: of MODES, or "none" for CLIP's own image embedding. `head`: a row for each class, to be started as the mean
     text embedding of the class's prompts (`set_head`). Why a mean: with unit vectors tᵢ of n prompts, x̂ · (1/n) Σ tᵢ is
-    the mean cosine of the image with the prompts. So the untrained classifier is zero-shot CLIP, asked in several ways.
+    the mean cosine of the image with the prompts. Its length is divided out (`classify`), as in CLIP's own ensembles of
+    prompts. So the untrained classifier is zero-shot CLIP, asked in several ways.
     """
 
     def __init__(self, clip: CLIP, num_classes, mode="gate", levels=None):
@@ -142,10 +153,11 @@ def slerp_mix(embedding, labels, probability, generator=None):
     embedding of its class in the batch. It happens after the towers, so it costs next to nothing.
 
     embedding: (B, D); labels: (B,). Returns (B, D); a mixed row has unit length, the others are as they were.
-    The partner is drawn by ranking random numbers among the rows of the same class; an only child stays itself.
+    The partner is drawn by ranking random numbers among the rows of the same class. The only image of a class stays as
+    it is.
     """
     B, device = len(labels), labels.device
-    # All that is random at once, drawn on the CPU: the same on every device.
+    # Three kinds of random numbers in one draw, on the CPU: the same on every device.
     rank, coin, t = torch.rand(B, B + 2, generator=generator).to(device).split([B, 1, 1], dim=1)  # (B, B), (B, 1) twice
     allowed = (labels[:, None] == labels) & ~torch.eye(B, dtype=torch.bool, device=device)  # (B, B)
     partner = rank.masked_fill(~allowed, -1).argmax(1)  # (B,)
@@ -191,7 +203,7 @@ def main():
     from checkpoint import load_base
     from images import prefetch, preprocess
     from phantom import CLASSES, draw
-    from prompts import ENTREP
+    from prompts import ENTREP_PROMPTS
 
     def example(i):
         label, scope = CLASSES[i % 7], "AB"[i // 7 % 2]
@@ -205,7 +217,7 @@ def main():
     with torch.no_grad():
         cls = clip.visual(torch.stack(pixels))  # (N, 8, 128)
     classes = torch.tensor([CLASSES.index(label) for label in labels])
-    of_scope = torch.tensor(["AB".index(scope) for scope in scopes])
+    scope_numbers = torch.tensor(["AB".index(scope) for scope in scopes])
 
     def probe_findings(tokens):  # within each site, as it has its own
         scores = []
@@ -218,17 +230,18 @@ def main():
     print("accuracy of a linear probe   class (of 7)   finding (of 5)   scope (of 2)")
     for levels in [*((level,) for level in range(1, 9)), default_levels(8)]:
         tokens = cls[:, [level - 1 for level in levels]].flatten(1)
-        row = linear_probe(tokens, classes), probe_findings(tokens), linear_probe(tokens, of_scope)
+        row = linear_probe(tokens, classes), probe_findings(tokens), linear_probe(tokens, scope_numbers)
         name = f"block{'s' * (len(levels) > 1)} {', '.join(map(str, levels))}"
         print(f"{name:20} {row[0]:20.2f} {row[1]:16.2f} {row[2]:14.2f}")
 
-    for mode in MODES:
+    for mode, levels in (("gate", (8,)), *((mode, None) for mode in MODES)):
         torch.manual_seed(0)
-        model = FusedCLIP(clip.requires_grad_(False), len(CLASSES), mode)
-        model.set_head([tokenizer(ENTREP[name]) for name in CLASSES])
+        model = FusedCLIP(clip.requires_grad_(False), len(CLASSES), mode, levels)
+        model.set_head([tokenizer(ENTREP_PROMPTS[name]) for name in CLASSES])
         before, after = train_on_tokens(model, cls, classes)
-        print(f"{mode:7} zero-shot {before:.3f}, after training fusion and head {after:.3f}")
-        if mode == "gate":
+        name = "block 8" if levels else mode
+        print(f"{name:7} zero-shot {before:.3f}, trained on 210 phantoms {after:.3f}")
+        if name == "gate":
             sizes = ", ".join(f"{size:.2f}" for size in model.fusion.gates.abs().mean(1).tolist())
             print(f"        mean size of the gates of blocks {model.fusion.levels[:-1]}: {sizes}")
 

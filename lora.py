@@ -11,8 +11,11 @@ and rank 8 they have 12,288 numbers instead of 589,824.
 - B starts at zero, so an untrained adapter changes nothing. A must not be zero as well: with g the gradient of y,
   ∂loss/∂B = g (A x)ᵀ and ∂loss/∂A = Bᵀ g xᵀ (times alpha / rank). If B alone is zero, B gets a gradient at once, and A
   from the second step on. If both are, both gradients are zero, and stay so.
-- B A x is a sum of `rank` terms. Dividing by the rank keeps its size about the same for every rank, so a learning rate
-  found with one rank serves another. alpha sets that size.
+- B A x is a sum of `rank` terms. They are trained towards the same end, so they add up rather than cancel, and the sum
+  grows with the rank. Dividing by the rank keeps its size, so a learning rate found with one rank serves another. alpha
+  sets that size; 2 × rank is a common choice.
+- q, k and v have an adapter each. One on their stacked matrix, as OpenAI stores it, would be B (3·out, rank) times one
+  A (rank, in): q, k and v would all read the same few directions of x, and none could be adapted alone.
 - Trained, (alpha / rank) · B A can be added to W, for good: a *merged* adapter costs nothing.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). Names, initialization and
@@ -50,7 +53,9 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # uniform within ±1/√in, as PEFT and nn.Linear do
+        # Uniform within ±√(2/(1 + a²))·√(3/in); a = √5 makes it ±1/√in, nn.Linear's default, and PEFT's. So A x is
+        # about as large as one entry of x, whatever the width.
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.merged = False
 
@@ -77,7 +82,8 @@ def add_lora(clip, rank=8, alpha=16.0, dropout=0.0, projections=("q", "k", "v", 
     """Replace linear layers of `clip` by LoRALinear ones, in place.
 
     projections: names of PROJECTIONS; blocks: numbers from 1 on, None for all; towers: names of TOWERS. A block number
-    beyond a tower's depth is passed over there, as the towers may differ in depth. Returns the new layers.
+    beyond a tower's depth is skipped there, as the towers may differ in depth. Returns the new layers. Raises KeyError
+    for an unknown projection.
     """
     layers = []
     for tower in towers:
@@ -124,8 +130,8 @@ def main():
     print(f"untrained, the image embedding moves by {(embedding - before).abs().max():.1e}")
     embedding[0, 0].backward()
     adapter = lora_layers(clip.visual.blocks[-1])[-1]
-    of_A, of_B = (part.weight.grad.norm().item() for part in (adapter.lora_A, adapter.lora_B))
-    print(f"first gradient of an adapter in the last image block: ‖∂/∂A‖ = {of_A:.2g}, ‖∂/∂B‖ = {of_B:.2g}")
+    norm_A, norm_B = (part.weight.grad.norm().item() for part in (adapter.lora_A, adapter.lora_B))
+    print(f"first gradient of an adapter in the last image block: ‖∂/∂A‖ = {norm_A:.2g}, ‖∂/∂B‖ = {norm_B:.2g}")
     with torch.no_grad():
         for layer in layers:
             nn.init.normal_(layer.lora_B.weight, std=0.02)

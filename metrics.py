@@ -17,10 +17,12 @@ import torch.nn.functional as F
 
 def confusion_matrix(labels, predictions, num_classes):
     """(N,) true and (N,) predicted class numbers → (num_classes, num_classes) counts, a row for each true class."""
+    # Each pair (label, prediction) is one number, and bincount counts how often each number occurs.
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def accuracy(confusion):
+    """(num_classes, num_classes) → share of images on the diagonal."""
     return confusion.diagonal().sum().item() / confusion.sum().item()
 
 

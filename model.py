@@ -55,8 +55,9 @@ class Attention(nn.Module):
     """Multi-head self-attention: every token compares its query q with the keys k of all tokens, and takes the mean of
     their values v, weighted by the softmax of q·k / √64. This happens in width / 64 *heads*, each in 64 dimensions.
 
-    causal: a token sees only itself and those before it. q, k and v have a projection each. OpenAI stores the three as
-    one matrix, but a LoRA adapter on that would share its A matrix among them (lora.py).
+    causal: a token sees only itself and those before it. CLIP's text tower is so, as language models are; it costs
+    little, as the token that is read stands last. q, k and v have a projection each, where OpenAI's code has one matrix
+    for all three: lora.py says why.
     """
 
     def __init__(self, width, causal):
@@ -95,7 +96,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A transformer block. x is the *residual stream*: attention and MLP only add to it, nothing replaces it. Both read
-    a normalized copy of it (*pre-norm*), so the stream itself runs from the first block to the last untouched."""
+    a normalized copy of it (*pre-norm*), so from the first block to the last nothing but additions happens to it."""
 
     def __init__(self, width, causal):
         super().__init__()
@@ -117,8 +118,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, size, patch = config.vision_width, config.image_size, config.patch_size
         self.image_size = size
+        # A convolution whose stride is its size: one linear layer for every patch, 3·16·16 numbers → width.
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
+        # Attention does not know the order of its tokens, so a learned vector for each place is added to them.
         self.position_embedding = nn.Parameter(torch.empty((size // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, causal=False) for _ in range(config.vision_layers))
@@ -185,7 +188,10 @@ class CLIP(nn.Module):
 
     def initialize(self):
         """Random weights to train from scratch, as CLIP draws them for its text tower (OpenAI's code leaves the vision
-        blocks to PyTorch's defaults; here both towers get the same). Returns self."""
+        blocks to PyTorch's defaults; here both towers get the same). Returns self.
+
+        With a standard deviation of width^-½ a sum over `width` inputs is about as large as each of them.
+        """
         for tower in (self.visual, self.text):
             width, layers = tower.proj.in_features, len(tower.blocks)
             for block in tower.blocks:
@@ -193,8 +199,8 @@ class CLIP(nn.Module):
                     if isinstance(linear, nn.Linear):
                         std = width**-0.5
                         if name == "mlp.fc1":
-                            std *= 2**-0.5
-                        elif name in ("attn.out_proj", "mlp.fc2"):  # what a block adds to the residual stream
+                            std *= 2**-0.5  # CLIP's choice; it gives no reason
+                        elif name in ("attn.out_proj", "mlp.fc2"):  # 2·layers of them add to the residual stream
                             std *= (2 * layers) ** -0.5
                         nn.init.normal_(linear.weight, std=std)
                         nn.init.zeros_(linear.bias)
@@ -214,14 +220,14 @@ def main():
     from checkpoint import load_base
     from images import preprocess
     from phantom import draw
-    from prompts import ENTREP
+    from prompts import ENTREP_PROMPTS
 
     count = sum(p.numel() for p in CLIP(CLIPConfig()).parameters())
     print(f"CLIP ViT-B/16 has {count:,} parameters; the one used here is smaller")
     clip, tokenizer = load_base("phantom")
-    images = [draw(name, np.random.default_rng(0), scope="A")[0] for name in ENTREP]
+    images = [draw(name, np.random.default_rng(0), scope="A")[0] for name in ENTREP_PROMPTS]
     pixels = torch.stack([preprocess(image, clip.config.image_size) for image in images])
-    tokens = tokenizer([prompts[0] for prompts in ENTREP.values()])
+    tokens = tokenizer([prompts[0] for prompts in ENTREP_PROMPTS.values()])
     with torch.no_grad():
         x = F.normalize(clip.encode_image(pixels), dim=1)
         y = F.normalize(clip.encode_text(tokens), dim=1)
@@ -232,7 +238,7 @@ def main():
     print(f"       → embeddings {tuple(x.shape)};  tokens {tuple(tokens.shape)} → embeddings {tuple(y.shape)}")
     for title, table in tables.items():
         print(f"\n{title:14}  a prompt in each column; a row for an image of the class")
-        for name, row in zip(ENTREP, table.tolist(), strict=True):
+        for name, row in zip(ENTREP_PROMPTS, table.tolist(), strict=True):
             print(f"{name:14}", " ".join(f"{value:6.2f}" for value in row))
     gap = (F.normalize(clip.encode_text(tokens[:, : tokens.argmax(1).max() + 1]), dim=1) - y).abs().max()
     print(f"\nwithout the padding behind the end tokens the texts move by {gap:.0e}: cut it, it is free")

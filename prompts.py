@@ -29,7 +29,7 @@ TEMPLATES = (
 # The patient's right side is on the left of the picture: the septum of the right nasal cavity lies on the picture's
 # right. The eardrum's cone of light points forwards and down: to 5 o'clock in a right ear, to 7 in a left one. The
 # classes are in the order of the challenge's numbers, 0 to 6.
-ENTREP = {
+ENTREP_PROMPTS = {
     "nose-right": (
         "nasal endoscopy of the right nasal cavity",
         "the right nostril from inside, with the septum on the right of the picture",
@@ -97,7 +97,7 @@ def class_prompts(classes, file=None):
 
 def _default(name):
     words = re.sub(r"[\W_]+", " ", name).strip() or name
-    return ENTREP.get(words.lower().replace(" ", "-")) or [template.format(words) for template in TEMPLATES]
+    return ENTREP_PROMPTS.get(words.lower().replace(" ", "-")) or [template.format(words) for template in TEMPLATES]
 
 
 def _read(file):
@@ -127,13 +127,13 @@ def main():
         print(f"{name}: {prompts[0]!r}, {prompts[1]!r}, …")
     clip, tokenizer = load_base("phantom")
     images, labels, _ = zip(*(phantom(i, scope="B", seed=5) for i in range(140)), strict=True)
-    classes = torch.tensor([list(ENTREP).index(label) for label in labels])
-    words = [name.replace("-", " ") for name in ENTREP]
+    classes = torch.tensor([list(ENTREP_PROMPTS).index(label) for label in labels])
+    words = [name.replace("-", " ") for name in ENTREP_PROMPTS]
     wordings = {
         "the class name": [[word] for word in words],
         "templates": [[template.format(word) for template in TEMPLATES] for word in words],
-        "one prompt by hand": [prompts[:1] for prompts in ENTREP.values()],
-        "five prompts by hand": ENTREP.values(),
+        "one prompt by hand": [prompts[:1] for prompts in ENTREP_PROMPTS.values()],
+        "five prompts by hand": ENTREP_PROMPTS.values(),  # no gain here: the small CLIP was trained on each of them
     }
     with torch.no_grad():
         embeddings = clip.encode_image(torch.stack([preprocess(image, clip.config.image_size) for image in images]))

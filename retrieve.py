@@ -16,8 +16,9 @@ from runs import encode_images, encode_texts, find_run, load_run
 
 
 def index_images(run, model, files, device, batch_size, workers):
-    """Image files → (N, embed_dim) embeddings, kept in the run's index.safetensors: only images that are new, or whose
-    size or time of change differ from the index's, are encoded."""
+    """Image files → (N, embed_dim) embeddings, kept in the run's index.safetensors. Only images that are new, or whose
+    size or time of change differ from the index's, are encoded. The index also holds the model's fingerprint: another
+    model makes it anew."""
     index, key = run / "index.safetensors", fingerprint(model)
     known = {}
     if index.exists():
@@ -32,7 +33,9 @@ def index_images(run, model, files, device, batch_size, workers):
     if new:
         features = encode_images(model, [files[i] for i in new], device, batch_size, workers, "indexing")
         known |= {images[i]: row for i, row in zip(new, features, strict=True)}
-        kept = [image for image in known if Path(image[0]).exists()]  # of other galleries, too
+        now = {image[0]: image for image in images}
+        # Images of other galleries stay, those that are gone or have changed do not.
+        kept = [image for image in known if now.get(image[0], image) == image and Path(image[0]).exists()]
         write_safetensors(index, {"features": torch.stack([known[i] for i in kept])}, {"model": key, "images": kept})
     return torch.stack([known[image] for image in images])
 

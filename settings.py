@@ -1,4 +1,4 @@
-"""The settings of a training: their meaning, types, ranges and defaults, in one place.
+"""The settings of a training run: their meaning, types, ranges and defaults, in one place.
 
 Each field of `Settings` is a flag of train.py. Values are checked alike, whether they come from a command line or from
 a run's file.
@@ -14,7 +14,7 @@ from fusion import MODES
 from lora import PROJECTIONS, TOWERS
 
 # Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one;
-# adapters of the small model on phantoms.
+# adapters of the small model (weights/phantom) on phantoms.
 DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120), "phantom": (2e-3, 7)}
 
 
@@ -41,7 +41,9 @@ class Settings:
     )
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
     batch_size: int = setting(int, "images in a step", 32, low=1)
-    epochs: int = setting(int, "times that each image is seen; default: 20, from scratch 120, phantoms 7", low=1)
+    epochs: int = setting(
+        int, "times that each image is seen; default: 20, from scratch 120, phantoms with weights/phantom 7", low=1
+    )
     lr: float = setting(
         float,
         "peak learning rate; default: 5e-4 for adapters (2e-3 on phantoms), 1e-5 with --full, 1e-3 from scratch",
@@ -57,6 +59,7 @@ class Settings:
         choices=("swap", "none", "naive"),
     )
 
+    # From here on the method; `add_settings` puts these flags in a group of their own.
     fusion: str = setting(str, "how levels are fused, see fusion.py", "gate", choices=(*MODES, "none"))
     levels: tuple[int, ...] | None = setting(
         int, "blocks whose CLS tokens are fused; default: those at the quarters of the depth", None, low=1, listed=True

@@ -1,14 +1,14 @@
 """CLIP's tokenizer by hand: byte-level byte-pair encoding (BPE).
 
 A text is cleaned, split into words, and every word is spelled in bytes: no text is ever "unknown". Then neighbours are
-glued together, pair by pair, as a list of *merges* says:
+glued together, pair by pair, as a list of *merges* says. With CLIP's merges:
 
-    polyp  →  p o l y p</w>  →  p ol y p</w>  →  pol y p</w>  →  pol yp</w>      (two ids)
+    tonsil  →  t o n s i l</w>  →  t on s i l</w>  →  t on si l</w>  →  ton si l</w>  →  ton sil</w>      (two ids)
 
-`</w>` marks a word's end, so that "polyp" and the start of "polyposis" are different symbols. The merges were learned
-once, from a large text: glue the pair that is most frequent in it, count again, and so on (`learn_merges`). To encode a
-word, merges are applied in the order in which they were learned, first come, first glued (`Tokenizer`). So frequent
-words end as one symbol, rare ones as several.
+`</w>` marks a word's end, so that "ear" and the start of "early" are different symbols. The merges were learned once,
+from a large text: glue the pair that is most frequent in it, count again, and so on (`learn_merges`). To encode a word,
+they are applied in the order in which they were learned, first come, first glued (`Tokenizer`). So frequent words end
+as one symbol, rare ones as several.
 
 Source: Sennrich et al. (arXiv 1508.07909); the behaviour matched is that of github.com/openai/CLIP,
 clip/simple_tokenizer.py.

@@ -11,9 +11,11 @@ Multi-level CLS fusion and low-rank adapters are trained by classification and c
 After each epoch the held-out images are classified and searched (evaluate.py). The best epoch, by the mean of macro-F1,
 image→image MRR and text→image MRR on the validation images, is kept in the run's folder (runs.py).
 
-With --resume an interrupted training ends with the same bits as an uninterrupted one: an epoch's randomness follows
-from seed and epoch alone, the learning rate from the step's number, and AdamW's running means are kept. That holds on a
-CPU; a GPU may add the same numbers in another order each time.
+With --resume an interrupted training ends with the same bits as an uninterrupted one. It begins the interrupted epoch
+again, whose randomness follows from seed and epoch alone. The learning rate follows from the step's number. The weights
+that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors.
+That holds on a CPU with the same PyTorch and number of threads; a GPU may add the same numbers in another order each
+time.
 
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
 """
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 
 from checkpoint import read_safetensors, write_safetensors
 from cli import Parser, Progress, add_machine_flags, autocast, find_device, mixed_precision
-from data import class_names, describe, held_out, load_dataset, split_dataset, training_batches
+from data import class_names, describe, load_dataset, scored_split, split_dataset, training_batches
 from errors import UserError, run_script
 from evaluate import evaluate, selection_score, summary, table
 from fusion import slerp_mix
@@ -59,31 +61,30 @@ def parse_arguments():
 def joint_loss(model, tokenizer, items, metadata, device):
     """A batch of `training_batches` → the loss, a scalar."""
     pixels, labels, prompts, captions = zip(*items, strict=True)
-    numbers = {name: number for number, name in enumerate(metadata.classes)}
+    number, weight = {name: i for i, name in enumerate(metadata.classes)}, metadata.settings.contrastive
 
     # Each distinct text is encoded once, cut to the longest one. A prompt belongs to all images of its class.
-    class_texts = list(dict.fromkeys(zip(labels, prompts, strict=True)))
+    drawn = list(dict.fromkeys(zip(labels, prompts, strict=True)))  # (class name, prompt) pairs
     captioned = [row for row, caption in enumerate(captions) if caption]
-    caption_texts = list(dict.fromkeys(captions[row] for row in captioned))
-    tokens = tokenizer([text for _, text in class_texts] + caption_texts, model.clip.config.context_length)
+    distinct = list(dict.fromkeys(captions[row] for row in captioned))  # captions
+    tokens = tokenizer([text for _, text in drawn] + distinct, model.clip.config.context_length)
     tokens = tokens[:, : tokens.argmax(1).max() + 1].to(device)
 
     with autocast(device):
         z = model.encode_image(normalize(torch.from_numpy(np.stack(pixels)).to(device))).float()  # (B, D)
-        texts = model.encode_text(tokens).float()  # (class texts + caption texts, D)
-    targets = torch.tensor([numbers[label] for label in labels], device=device)  # (B,)
-    mixed = slerp_mix(z, targets, metadata.settings.slerp)
+        texts = model.encode_text(tokens).float() if weight else None  # (prompts + distinct captions, D)
+    targets = torch.tensor([number[label] for label in labels], device=device)  # (B,) class numbers
+    mixed = slerp_mix(z, targets, metadata.settings.slerp)  # (B, D)
     loss = F.cross_entropy(model.classify(mixed), targets)
 
-    weight = metadata.settings.contrastive
     if weight:
-        of_class, of_caption = texts.split([len(class_texts), len(caption_texts)])
-        class_numbers = torch.tensor([numbers[label] for label, _ in class_texts], device=device)
-        terms = [contrastive_loss(mixed, of_class, model.scale, targets, class_numbers)]
-        if captioned:  # unmixed: an embedding between two findings is neither
-            caption_numbers = torch.arange(len(caption_texts), device=device)
-            own = torch.tensor([caption_texts.index(captions[row]) for row in captioned], device=device)
-            terms.append(contrastive_loss(z[captioned], of_caption, model.scale, own, caption_numbers))
+        of_prompts, of_captions = texts.split([len(drawn), len(distinct)])
+        prompt_classes = torch.tensor([number[label] for label, _ in drawn], device=device)
+        terms = [contrastive_loss(mixed, of_prompts, model.scale, targets, prompt_classes)]
+        if captioned:  # positives have the same caption; z is not mixed, as a point between two findings is neither
+            caption_numbers = torch.arange(len(distinct), device=device)
+            own_caption = torch.tensor([distinct.index(captions[row]) for row in captioned], device=device)
+            terms.append(contrastive_loss(z[captioned], of_captions, model.scale, own_caption, caption_numbers))
         loss = loss + weight * torch.stack(terms).mean()
     return loss
 
@@ -91,14 +92,16 @@ def joint_loss(model, tokenizer, items, metadata, device):
 class Optimization:
     """AdamW with warm-up and cosine decay, and its state by parameter name, so that it can be kept in safetensors.
 
-    In float16 small gradients would be rounded to zero. GradScaler multiplies the loss by a large number before the
-    backward pass and divides the gradients by it afterwards. Where the towers use another type it does nothing.
+    In float16 small gradients would be rounded to zero. GradScaler multiplies the loss by a large factor before the
+    backward pass, and divides the gradients by it afterwards (`unscale_`, before they are clipped, so that the limit
+    means the true gradients). If one has overflowed, `step` skips the update, and `update` lowers the factor; otherwise
+    it raises it now and then. Where the towers use another type, all this does nothing.
     """
 
     def __init__(self, model, settings, images, device):
         """images: how many there are in an epoch."""
         self.parameters = trained_parameters(model)
-        matrices = [p for p in self.parameters.values() if p.dim() >= 2]
+        matrices = [p for p in self.parameters.values() if p.dim() >= 2]  # gates and class vectors are among them
         others = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -129,6 +132,7 @@ class Optimization:
         return tensors
 
     def restore(self, tensors, device):
+        """Take over AdamW's state as `tensors` gave it."""
         for name, p in self.parameters.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             self.adamw.state[p] = {key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device) for key in keys}
@@ -136,7 +140,8 @@ class Optimization:
 
 def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device, workers):
     """One pass over the training images → mean loss."""
-    torch.manual_seed(1_000_003 * metadata.settings.seed + epoch)  # dropout and slerp: every epoch on its own
+    # Dropout and slerp: every epoch on its own. The factor keeps the epochs of one seed apart from those of another.
+    torch.manual_seed(1_000_003 * metadata.settings.seed + epoch)
     model.train()
     progress, seen, total_loss = Progress(len(samples)), 0, 0.0
     size = model.clip.config.image_size
@@ -156,11 +161,11 @@ def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device
 # A training
 
 
-def begin(run, zero_shot):
-    """A new training, after the figures of the untrained model → State."""
+def begin(run, split, zero_shot):
+    """A new training, after the untrained model's figures on a split → State."""
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("")
-    print(f"untrained    {summary(zero_shot)}", flush=True)
+    print(f"untrained, on {split}:  {summary(zero_shot)}", flush=True)
     return State(zero_shot)
 
 
@@ -208,7 +213,7 @@ def main():
     run, settings, saved = resumed_run(args.run) if args.resume else new_run(args)
 
     splits = split_dataset(load_dataset(settings.data), settings.split, settings.seed)
-    classes = class_names(splits["train"])
+    classes, scored = class_names(splits["train"]), scored_split(splits)
     prompts = saved.metadata.prompts if saved else class_prompts(classes, args.prompts)
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
     model.to(device)
@@ -223,7 +228,7 @@ def main():
     if saved:
         state = resume(run, saved, metadata, classes, model, optimization, device)
     else:
-        state = begin(run, figures(held_out(splits)))
+        state = begin(run, scored, figures(scored))
     for epoch in range(state.epoch + 1, settings.epochs + 1):
         start = time.monotonic()
         loss = train_epoch(model, tokenizer, splits["train"], metadata, epoch, optimization, device, args.workers)
@@ -231,12 +236,12 @@ def main():
         state.epoch, state.seconds = epoch, state.seconds + time.monotonic() - start
         keep(run, metadata, state, optimization, loss, results)
 
-    # The best epoch was chosen by val, which flatters it. A test split has not been looked at before.
+    # The best epoch was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
     results = {}
-    if splits["test"]:
+    if scored == "test":
         load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
         results = figures("test")
-    finish(run, state, held_out(splits), results)
+    finish(run, state, scored, results)
 
 
 if __name__ == "__main__":

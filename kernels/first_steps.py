@@ -41,13 +41,15 @@ import triton.language as tl
 # need not be a multiple of it: where the *mask* is false, nothing is read or written. Without a mask, the last program
 # would write over whatever lies behind `out`.
 #
+# `add_kernel[grid](…)` launches: grid is a tuple with the number of programs, and the arguments follow.
+#
 # BLOCK is a `tl.constexpr`, a number that is known when the kernel is compiled: the compiler must know how large a
 # block is to lay it out. Each value of BLOCK is compiled to a kernel of its own.
 
 
 @triton.jit
 def add_kernel(a, b, out, owner, N, BLOCK: tl.constexpr):
-    program = tl.program_id(0)  # 0, 1, 2, …: all that tells the programs apart
+    program = tl.program_id(0)  # its number along axis 0 of the grid: all that tells the programs apart
     i = program * BLOCK + tl.arange(0, BLOCK)  # our places
     exists = i < N
     total = tl.load(a + i, mask=exists) + tl.load(b + i, mask=exists)
@@ -148,7 +150,7 @@ def row_logsumexp(S, BLOCK=16):
 # share (50 MB on an H100), or else from the GPU's main memory, which is larger and slower.
 #
 # *Tensor cores* are units that multiply small matrices, some 15 times as fast as the ordinary units. They take 16-bit
-# numbers. They take float32 only when it is rounded to *TF32*, with 10 binary digits after the point in place of 23.
+# numbers. They take float32 only when it is rounded to *TF32*, with 10 digits after the binary point instead of 23.
 # `tl.dot` does so by default; input_precision="ieee" asks for full float32, on the ordinary units. (The interpreter
 # makes no difference between the two.) Which instructions a GPU has is its *compute capability*: an A100's is 8.0,
 # written sm_80, an H100's sm_90.

@@ -3,7 +3,7 @@
 The contrastive loss is a ladder of three rungs. Running this file checks each against the one before:
 
     naive_loss         as anyone would write it: holds the N×M matrix, several times
-    online_loss        the same over strips of rows; autograd does the backward, so it still keeps every strip
+    online_loss        the same over strips of rows; autograd does the backward, so it keeps every strip, and some more
     contrastive_loss   strips, and a gradient derived by hand: holds one strip at a time
 
                 M texts
@@ -70,14 +70,15 @@ def strips(rows, columns):
 #     image 3: (1, 1, 1, 1)     0  1    2  2    0.5  0.5          0.2  0.5       0.1333  -0.2083
 #     rows: -ln 0.8, -ln 0.8, -ln 0.5   columns: -ln 0.4, -ln 0.5   loss = ½ (0.3798 + 0.8047) = 0.5923
 def weights(count):
-    """Positives of each row (or column) → its weight in the loss, ½ / rows with one, 0 without; share of a positive."""
+    """count: (N,), the positives of each row (or column). Returns weight (N,), ½ / rows that have a positive, 0 for the
+    others, and share (N,), weight / count."""
     has_positive = (count > 0).to(count.dtype)
     weight = has_positive / (2 * has_positive.sum().clamp(min=1))
     return weight, weight / count.clamp(min=1)
 
 
-def side(lse, positive, count):
-    """Half the loss. Of each row, or of each column: logsumexp, sum of the positive logits, number of positives."""
+def half_loss(lse, positive, count):
+    """Of the rows, or of the columns: logsumexp (N,), sum of the positive logits (N,), number of positives (N,)."""
     return (weights(count)[0] * (lse - positive / count.clamp(min=1))).sum()
 
 
@@ -85,7 +86,7 @@ def naive_loss(x, y, scale, x_labels, y_labels):
     """(N, D), (M, D), scalar, (N,), (M,) → scalar."""
     S = scale * unit(x) @ unit(y).T  # (N, M)
     P = (x_labels[:, None] == y_labels).to(S.dtype)  # (N, M)
-    return side(S.logsumexp(1), (S * P).sum(1), P.sum(1)) + side(S.logsumexp(0), (S * P).sum(0), P.sum(0))
+    return half_loss(S.logsumexp(1), (S * P).sum(1), P.sum(1)) + half_loss(S.logsumexp(0), (S * P).sum(0), P.sum(0))
 
 
 # --- Rung 2: the online softmax --------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def online(column_max, column_sum, S):
 
 
 def online_loss(x, y, scale, x_labels, y_labels):
-    """As `naive_loss`; no step is larger than a strip, but autograd keeps what each step needs for its backward."""
+    """As `naive_loss`. No step is larger than a strip, but autograd keeps what each step needs for its backward."""
     x, y = unit(x), unit(y)
     column_max, column_sum = y.new_full((len(y),), -torch.inf), y.new_zeros(len(y))
     column_positive, column_count, of_rows = 0, 0, []
@@ -120,7 +121,7 @@ def online_loss(x, y, scale, x_labels, y_labels):
         column_positive, column_count = column_positive + (S * P).sum(0), column_count + P.sum(0)
     row_lse, row_positive, row_count = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
     column_lse = column_max + column_sum.log()
-    return side(row_lse, row_positive, row_count) + side(column_lse, column_positive, column_count)
+    return half_loss(row_lse, row_positive, row_count) + half_loss(column_lse, column_positive, column_count)
 
 
 # --- Rung 3: the gradient by hand ------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def online_loss(x, y, scale, x_labels, y_labels):
 # row i can add up (G ŷ)ᵢ in its registers, its fastest memory, but (Gᵀ x̂)ⱼ has parts from every walk. To add those up
 # in registers, too, takes walks down the columns, which compute S once more.
 def check_pairs(image_features, text_features, image_labels, text_labels):
-    """→ the labels, where there are none those of pairs. Raises ValueError where something does not fit."""
+    """Returns the labels; without any, image i and text i share label i. Raises ValueError where shapes do not fit."""
     if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
         raise ValueError(f"expected (N, D) and (M, D), got {tuple(image_features.shape)}, {tuple(text_features.shape)}")
     N, M = len(image_features), len(text_features)
@@ -199,7 +200,7 @@ class _ContrastiveLoss(torch.autograd.Function):
         column_lse = column_max + column_sum.log()
         of_rows, of_columns = (row_lse, *weights(row_count)), (column_lse, *weights(column_count))
         ctx.save_for_backward(x, y, scale, x_labels, y_labels, x_inverse, y_inverse, *of_rows, *of_columns)
-        return side(row_lse, row_positive, row_count) + side(column_lse, column_positive, column_count)
+        return half_loss(row_lse, row_positive, row_count) + half_loss(column_lse, column_positive, column_count)
 
     @staticmethod
     def backward(ctx, grad):
@@ -235,13 +236,13 @@ def through_normalization_(gradient, unit_x, inverse):
 # --- Slerp: spherical linear interpolation ---------------------------------------------------------------------------
 # With unit vectors â, b̂ at the angle θ,   slerp(a, b, t) = sin((1−t)θ)/sin θ · â + sin(tθ)/sin θ · b̂.
 #
-# Why not average and renormalize? Its steps are unequal: at θ = 120° the quarters lie at 19°, 60° and 101°, slerp's at
-# 30°, 60° and 90°. Why not θ = arccos(â·b̂)? The cosine, 1 − θ²/2, is flat at 0, and float32 has no number between 1 and
-# 1 − 6e-8: for all θ below 2.4e-4 the cosine is 1, and so the angle 0; near π likewise. Of the lengths
-# ‖â − b̂‖ = 2 sin θ/2 and ‖â + b̂‖ = 2 cos θ/2 one always changes as fast as θ/2 does, so θ = 2·atan2 of the two keeps
-# every digit. Three cases:
-#
-#   nearly parallel   sin(tθ)/sin θ = t (1 + (1−t²)θ²/6) + O(θ⁴), and θ² = ‖â − b̂‖² + O(θ⁴): smooth, no division by 0
+# It goes along the great circle, the shortest way on the sphere. Why not average and renormalize? At θ = 120° the
+# quarters of that lie at 19°, 60° and 101°, slerp's at 30°, 60° and 90°: with random t, points would crowd at the ends.
+# Why not θ = arccos(â·b̂)? The cosine, 1 − θ²/2, is flat at 0, and float32 has no number between 1 and 1 − 6e-8:
+# for all θ below 2.4e-4 the cosine is 1, and so the angle 0; near π likewise. Of ‖â − b̂‖ = 2 sin θ/2 and ‖â + b̂‖ =
+# 2 cos θ/2 one always changes as fast as θ/2 does, so θ = 2·atan2 of the two keeps every digit. Three cases:
+#   nearly parallel   sin(tθ)/sin θ = t (1 + (1−t²)θ²/6) + O(θ⁴), and θ² = ‖â − b̂‖² + O(θ⁴): smooth, no division by 0.
+#                     With 1−t in t's place, 1−t² becomes t(2−t)
 #   nearly opposite   sin θ → 0, and b̂ no longer says which way round to go. Any great circle is right; we take the one
 #                     through the coordinate axis that is most perpendicular to â, and hold that direction fixed in the
 #                     gradient, so that it stays finite
@@ -266,9 +267,9 @@ def slerp(a, b, t):
     """Interpolate along the great circle from a to b: (N, D), (N, D), t a number, a scalar or (N,) → (N, D).
 
     t = 0 gives a / ‖a‖, t = 1 gives b / ‖b‖ (for nearly opposite vectors, the end of a half circle). The result has
-    unit length, to rounding / (π − θ); where a vector is zero and has no direction, its term is zero. Differentiable in
-    a, b and t. Raises ValueError where the shapes do not fit. Source: Shoemake, "Animating rotation with quaternion
-    curves" (SIGGRAPH 1985).
+    unit length, to within rounding, which grows as 1 / (π − θ). A zero vector has no direction: its term is zero.
+    Differentiable in a, b and t. Raises ValueError where the shapes do not fit.
+    Source: Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985).
     """
     t = check_slerp(a, b, t)[:, None]  # (1 or N, 1)
     dtype = torch.promote_types(a.dtype, b.dtype)
@@ -301,17 +302,16 @@ def top_k(queries, gallery, k):
 
 
 def show_example():
-    """The 3 × 2 case of the comment above."""
+    """The 3 × 2 case of rung 1; G by autograd."""
     x, y = torch.tensor([[2.0, 0, 0, 0], [3, 0, 0, 0], [1, 1, 1, 1]]), torch.eye(2, 4)
-    labels, classes, scale = torch.tensor([0, 0, 1]), torch.arange(2), math.log(4)
-    S = scale * unit(x) @ unit(y).T
-    P = (labels[:, None] == classes).float()
-    (row_weight, row_share), (column_weight, column_share) = weights(P.sum(1)), weights(P.sum(0))
-    G = row_weight[:, None] * S.softmax(1) + column_weight * S.softmax(0) - (row_share[:, None] + column_share) * P
+    S = (math.log(4) * unit(x) @ unit(y).T).requires_grad_()
+    P = (torch.tensor([0, 0, 1])[:, None] == torch.arange(2)).float()
+    loss = half_loss(S.logsumexp(1), (S * P).sum(1), P.sum(1)) + half_loss(S.logsumexp(0), (S * P).sum(0), P.sum(0))
+    (G,) = torch.autograd.grad(loss, S)
     print("            P                exp S            row softmax      column softmax   G")
     for i, row in enumerate(torch.cat([P, S.exp(), S.softmax(1), S.softmax(0), G], 1).tolist()):
         print(f"image {i + 1} ", *(f"{round(v, 4):8g}" for v in row), sep="")
-    print(f"loss {contrastive_loss(x, y, scale, labels, classes):.4f}\n")
+    print(f"loss {loss:.4f}\n")
 
 
 def show_ladder():

@@ -12,9 +12,9 @@ strips of rows, one after the other. Here the matrix is cut into tiles, and ever
              └────────────┴────────────┴─────┘
                    ↓            ↓               column_part: from each tile a logsumexp of each of its columns
 
-In NumPy's words: rx, ry are the inverse lengths of the images and texts. x_weight is 1 / number of images with a
-positive, and 0 for the other images; x_share is x_weight / positives of the image. Of the texts likewise. (The weights
-of `reference.py` contain the loss's ½; here it comes at the end.)
+(Tiles of 16-bit features have 128 rows.) In NumPy's words: rx, ry are the inverse lengths of the images and texts.
+x_weight is 1 / number of images with a positive, and 0 for the other images; x_share is x_weight / positives of the
+image. Of the texts likewise. (The weights of `reference.py` contain the loss's ½; here it comes at the end.)
 
     for I, J in tiles:                                               # a program each, many at a time, in any order
         S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)                # stays in registers
@@ -44,11 +44,11 @@ same inputs give the same bits.
 
     python kernels/triton_contrastive.py       # without a GPU it runs in Triton's interpreter
 
-Try changing this (without a GPU). In `tile_shape` give float32 tiles of 32 × 16: ten programs for five, three times the
-memory for logsumexps, the same loss. Set STRIP = 700: backward takes 100 rows at a time, the same gradients. In
-`statistics_kernel` set of_row = S: the 57 columns beyond the seventh count as texts of similarity 0, and the loss is
-10.16 for 9.95. Make the features torch.randn(n, D).half().requires_grad_(): the gradients are off by 4e-3, as K
-and the features are rounded to bfloat16 for the products.
+Try changing this (without a GPU). In `tile_shape` give float32 tiles of 32 × 16: ten programs instead of five, three
+times the memory for logsumexps at N = 32,768, the same loss. Set STRIP = 700: backward takes 100 rows at a time, the
+same gradients. In `statistics_kernel` set of_row = S: the 57 columns beyond the seventh count as texts of similarity 0,
+and the loss is 10.16 instead of 9.95. Make the features torch.randn(n, D).half().requires_grad_(): the gradients are
+off by 4e-3, as K and the features are rounded to bfloat16 for the products.
 """
 
 import os
@@ -184,8 +184,9 @@ def gradient_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators. `custom_op` makes a function an operator of PyTorch like any other: autograd and torch.compile take it as
 # one step and do not look inside. `mutates_args=()` promises that it writes to none of its arguments, so the compiler
-# may reorder and merge calls. `register_fake`, below, tells shapes and types of the results without computing them,
-# which is all that the compiler needs to plan a whole step; `register_autograd` names the backward.
+# may reorder and merge calls. `register_fake`, below, gives results of the right shape, type and strides without
+# computing them. The compiler plans a whole step with such results; without them it cannot trace the call. Backward is
+# named by `register_autograd`; its `setup_context` is called after forward and keeps what backward needs.
 
 
 def measure(x, labels, other_labels):
@@ -294,9 +295,9 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
     """As `kernels.reference.contrastive_loss`, on the GPU. Both features are float32, float16 or bfloat16.
 
     What the inputs cost: features of two types are copied to a type that holds both; features that are not contiguous
-    are copied in forward and again in backward; float16 features are copied to bfloat16 in backward, which keeps 8 of
-    their 11 binary digits; a scale that is a number is copied to the GPU. Triton compiles once for each type, and
-    again when N, M or D changes between 1, multiples of 16, and the rest."""
+    are copied in forward and again in backward; float16 features are copied to bfloat16 in backward, which keeps 7 of
+    their 10 digits after the binary point; a scale that is a number is copied to the GPU. Triton compiles once for each
+    type, and again when N, M or D changes between 1, multiples of 16, and the rest."""
     image_labels, text_labels = reference.check_pairs(image_features, text_features, image_labels, text_labels)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=image_features.device)
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)

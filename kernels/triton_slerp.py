@@ -19,7 +19,7 @@ and normalization takes away the part along a and divides by the length (step 5 
     python kernels/triton_slerp.py       # without a GPU it runs in Triton's interpreter
 
 Try changing this, in the line that sets PARALLEL here (without a GPU): with tl.constexpr(0.0) θ = 0 divides 0 by 0 and
-gives nan; with 2.0 the series serves all angles, and θ = 1.5 comes out as 0.3526 for 0.375. In
+gives nan; with 2.0 the series serves all angles, and θ = 1.5 comes out as 0.3526 instead of 0.375. In
 `backward_kernel` leave `kappa[:, None] * unit_b` out of d_a: ∂a, and only it, is off by 2 %, the part that the
 coefficients' own change contributes.
 """

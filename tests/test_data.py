@@ -332,6 +332,14 @@ def test_where_the_manifest_has_train_and_test_only_val_comes_from_train():
     assert_covering(splits, samples)
 
 
+def test_val_taken_from_train_keeps_groups_together():
+    rows = [(f"{i}.png", "ab"[i % 2], None, f"patient {i // 4}", "train") for i in range(40)]
+    rows += [(f"t{i}.png", "ab"[i % 2], None, f"other {i}", "test") for i in range(4)]
+    splits = split_dataset([Sample(Path(image), *rest) for image, *rest in rows])
+    train, val = ({sample.group for sample in splits[name]} for name in ("train", "val"))
+    assert val and not train & val and len(splits["test"]) == 4
+
+
 def test_auto_prefers_the_manifests_split_to_groups_and_groups_to_chance():
     rows = [(label, f"{label}{i // 2}", "val" if i > 6 else "train") for label in "ab" for i in range(8)]
     split = {how: split_dataset(table(*rows), how) for how in ("auto", "manifest", "group", "random")}

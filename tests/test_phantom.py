@@ -10,7 +10,7 @@ import pytest
 from data import load_dataset
 from errors import UserError
 from phantom import CLASSES, draw, phantom, write_dataset
-from prompts import ENTREP
+from prompts import ENTREP_PROMPTS
 
 
 def pixels(label, seed, scope="A"):
@@ -19,7 +19,7 @@ def pixels(label, seed, scope="A"):
 
 
 def test_the_classes_are_entreps():
-    assert tuple(ENTREP) == CLASSES
+    assert tuple(ENTREP_PROMPTS) == CLASSES
 
 
 @pytest.mark.parametrize("label", CLASSES)

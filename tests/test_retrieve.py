@@ -12,6 +12,7 @@ from shapes import SHAPES, draw
 import retrieve
 import runs
 import train
+from checkpoint import read_safetensors
 
 
 def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictures, tmp_path):
@@ -71,6 +72,8 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
     os.utime(gallery / "half-left/1.png", ns=(1, 1))
     changed, count = search()
     assert count == 2 and len(changed) == 10
+    _, info = read_safetensors(tmp_path / "runs/a/index.safetensors")
+    assert len(info["images"]) == 10  # the old row of what has changed is gone
     (gallery / "half-left/new.png").unlink()
     assert search()[1] == 0
     (tmp_path / "runs/a/index.safetensors").write_bytes(b"damaged")
