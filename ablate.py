@@ -77,14 +77,17 @@ def markdown(rows):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.epilog = "All other flags are train.py's, --data and --weights among them."
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training of each row for each")
+    parser.epilog = "All other flags are train.py's, --data and --weights among them, but not --run and --resume."
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="every row is trained once with each of these seeds"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where runs and tables are written")
     args, flags = parser.parse_known_args()
 
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = args.folder / "flags.json"
-    if settings.exists() and json.loads(settings.read_text()) != flags:
+    begun = settings.exists() and any(args.folder.glob("*/metrics.json"))
+    if begun and json.loads(settings.read_text()) != flags:
         raise UserError(f"{args.folder} holds an ablation with other flags; choose another --folder")
     settings.write_text(json.dumps(flags))
 

@@ -44,9 +44,11 @@ def main():
             raise UserError(f"there are no images in {path}" if path.is_dir() else f"there is no {path}")
         files += found
     device = find_device(args.device)
-    model, _, metadata = load_run(find_run(args.run), device, args.weights)
+    run = find_run(args.run)
+    model, _, metadata = load_run(run, device, args.weights)
     files = files or list(dict.fromkeys(s.image for s in load_dataset(args.data or metadata.settings.data)))
     results = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
+    print(f"{len(files):,} images by {run}", file=sys.stderr)
 
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))

@@ -33,25 +33,33 @@ class Parser(argparse.ArgumentParser):
 def add_machine_flags(parser):
     """Where to compute: --device and --workers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
+    parser.add_argument(
+        "--workers", type=whole_number, default=min(8, os.cpu_count() or 1), help="threads that read images; 0: none"
+    )
 
 
 def add_run_flags(
-    parser, data_help="images, as train.py takes them; by default the data set that the run was trained on"
+    parser,
+    data_help="images, as train.py takes them; by default the data set that the run was trained on",
+    batch_help="images at a time",
 ):
     """Which fine-tuned model to use, and on what: --data, --run, --weights and --batch-size."""
     parser.add_argument("--data", help=data_help)
     parser.add_argument("--run", type=Path, help="a fine-tuned model's folder; by default the newest in runs/")
     parser.add_argument("--weights", help="where the run's base model is, should it have moved")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help=batch_help)
     add_machine_flags(parser)
 
 
-def positive_int(text):
+def whole_number(text, least=0):
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return number
+
+
+def positive_int(text):
+    return whole_number(text, least=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ images, another hospital's say; their classes should be named as the run's are.
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from cli import Parser, add_run_flags, find_device
 from data import load_dataset, scored_split, split_dataset
 from errors import UserError, run_script
 from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
+from phantom import DEFAULT
 from runs import encode_images, encode_texts, find_run, load_run
 
 
@@ -113,14 +115,14 @@ def table(results):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def labelled_samples(data, metadata):
-    """--data → the samples to evaluate on, and what they are called. Raises UserError where labels are missing or
-    unknown to the run."""
-    if data is None:
-        settings = metadata.settings
-        splits = split_dataset(load_dataset(settings.data), settings.split, settings.seed)
-        name = scored_split(splits)
-        return splits[name], f"the run's own {name} images of {settings.data}"
+def own_splits(settings):
+    """→ the splits of the data set that the run was trained on."""
+    return split_dataset(load_dataset(settings.data), settings.split, settings.seed)
+
+
+def other_samples(data, metadata):
+    """--data → labelled samples, and a note if the run was trained on some of them. Raises UserError where labels are
+    missing or unknown to the run."""
     samples = load_dataset(data)
     bare = next((sample.image for sample in samples if sample.label is None), None)
     if bare:
@@ -129,21 +131,34 @@ def labelled_samples(data, metadata):
     if unknown:
         known = ", ".join(metadata.classes)
         raise UserError(f"{data} has labels that the run does not know: {', '.join(unknown)}; it knows {known}")
-    return samples, str(data)
+    own, note = metadata.settings.data, ""
+    if (DEFAULT if own == "phantom" else Path(own)).exists():
+        trained = {sample.image.resolve() for sample in own_splits(metadata.settings)["train"]}
+        seen = sum(sample.image.resolve() in trained for sample in samples)
+        note = f"; note: the run was trained on {seen:,} of them, so the figures flatter" if seen else ""
+    return samples, note
 
 
 def main():
-    parser = Parser(__doc__.splitlines()[0])
-    add_run_flags(parser, data_help="labelled images; by default those that the run held out")
-    parser.set_defaults(batch_size=None)  # other batches round otherwise: the run's own figures need its batch size
+    parser = Parser("All figures of a fine-tuned model on labelled images")
+    data_help = "labelled images; by default those that the run held out"
+    add_run_flags(
+        parser, data_help, batch_help="images at a time; by default as in training, as other batches round otherwise"
+    )
+    parser.set_defaults(batch_size=None)
     parser.add_argument("--json", action="store_true", help="print JSON, by the names of metrics.json")
     args = parser.parse_args()
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
-    samples, name = labelled_samples(args.data, metadata)
-    print(f"{run} on {len(samples):,} images: {name}", file=sys.stderr)
+    if args.data:
+        (samples, note), name = other_samples(args.data, metadata), args.data
+    else:
+        splits = own_splits(metadata.settings)
+        name, note = f"{scored_split(splits)} of {metadata.settings.data}", ""
+        samples = splits[scored_split(splits)]
     batch_size = args.batch_size or metadata.settings.batch_size
     results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers)
+    print(f"{run} on the {len(samples):,} images of {name}{note}", file=sys.stderr)
     print(json.dumps(results, indent=2, ensure_ascii=False) if args.json else table(results))
 
 

@@ -44,7 +44,7 @@ def load_image(path):
             image = ImageOps.exif_transpose(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(f"cannot read the image {path} ({reason}); repair or delete it") from None
+        raise UserError(f"cannot read the image {path} ({reason}); repair it or move it away") from None
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold them; Pillow would clip at 255: a white image
         values = np.asarray(image)
         image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))

@@ -1,6 +1,7 @@
 """Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -106,6 +107,7 @@ def main():
     gallery = index_images(run, model, list(samples), device, args.batch_size, args.workers)
     query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
     results = search(model, metadata.classes, list(samples.values()), gallery, query, args.top)
+    print(f"{len(samples):,} images searched by {run}", file=sys.stderr)
     if args.sheet:
         contact_sheet(results, args.text, args.image).save(args.sheet)
     if args.json:

@@ -124,6 +124,8 @@ def find_run(run, file="adapter.safetensors"):
         if not runs:
             raise UserError(f"there is no run in {RUNS}/; train one with `python train.py`, or give its --run")
         return runs[-1].parent
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}; the runs are in {RUNS}/")
     if not (run / file).is_file():
         raise UserError(f"there is no {file} in {run}; train one with `python train.py --run {run}`")
     return run
@@ -154,6 +156,8 @@ def new_run(args):
     settings = Settings.from_flags(args)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run = args.run or RUNS / f"{Path(settings.data).stem}-{Path(settings.weights).stem}-{stamp}"
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; choose another --run")
     if (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds a model already; choose another --run, or go on with it by --resume")
     return run, settings, None

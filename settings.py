@@ -42,7 +42,7 @@ class Settings:
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
     batch_size: int = setting(int, "images in a step", 32, low=1)
     epochs: int = setting(
-        int, "times that each image is seen; default: 20, from scratch 120, phantoms with weights/phantom 7", low=1
+        int, "times that each image is seen; default: 20, from scratch 120, weights/phantom on phantoms 7", low=1
     )
     lr: float = setting(
         float,

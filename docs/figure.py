@@ -150,6 +150,8 @@ def main():
     parser = Parser(__doc__.split(":")[0])
     parser.add_argument("file", type=Path, help="the picture to write, .png")
     file = parser.parse_args().file
+    if file.suffix.lower() != ".png" or not file.parent.is_dir():
+        parser.error(f"{file} should be a .png in a folder that exists")
     s = Sheet()
     for part in (image_tower, text_tower, sphere, losses):
         part(s)

@@ -36,5 +36,6 @@ def test_ablation_averages_runs_over_seeds_and_goes_on_where_it_stopped(script, 
     assert script(ablate, *arguments, "--seeds", 0, 1)[1] == out
     assert finished == {file: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("*/metrics.json")}
     assert "other flags" in mistake(script(ablate, *arguments, "--batch-size", 4))
+    script(ablate, "--data", tmp_path / "elsewhere", "--folder", tmp_path / "b")  # nothing is trained: it may be mended
     status, _, err = script(ablate, "--data", tmp_path / "nowhere", "--folder", tmp_path / "b")
     assert status == 2 and err.splitlines()[-1].startswith("error: there is no") and "Traceback" not in err

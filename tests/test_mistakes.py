@@ -58,6 +58,10 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
 
 def test_other_mistakes_are_one_line(script, trained, base, pictures, tmp_path):
     assert "--resume" in mistake(script(train, "--data", pictures / "images", "--run", trained, "--weights", base))
+    assert "-1 is less than 0" in mistake(script(train, "--data", pictures / "images", "--workers", -1))
+    (tmp_path / "file").write_text("")
+    assert "is a file" in mistake(script(train, "--data", pictures / "images", "--run", tmp_path / "file"))
+    assert "no folder" in mistake(script(classify, "--run", tmp_path / "nowhere", pictures / "images"))
     assert "finished" in mistake(script(train, "--resume", "--run", trained))
     assert "train.py" in mistake(script(train, "--resume"))
     assert "invalid choice" in mistake(script(train, "--data", pictures, "--fusion", "sum"))
