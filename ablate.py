@@ -9,6 +9,7 @@ The rows are cumulative, each adds one part to the row above it:
     + contrastive       the contrastive loss with class prompts and captions: all of the method
 
 Every row is trained with several seeds, which also draw the split: mean ± standard deviation of the held-out figures.
+With --folds n, it is trained once for each of n parts of the data, which are held out in turn (cross-validation).
 All other flags are train.py's. Finished runs are kept in --folder, so that an interrupted ablation goes on.
 
 Source: arXiv 2509.00752 for the parts. Where a part does not help on some data, the table says so.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli import Parser
+from cli import Parser, positive_int
 from errors import UserError, run_script
 
 PARTS = {  # row: what is still switched off
@@ -55,7 +56,7 @@ def train(run, flags):
 
 
 def summarize(results):
-    """[metrics, …] of several seeds → {figure: {"mean", "spread", "values"}}, of those figures that every seed has."""
+    """[metrics, …] of the repeats → {figure: {"mean", "spread", "values"}}, of those figures that every repeat has."""
     summary = {}
     for key in FIGURES:
         values = [result.get(key) for result in results]
@@ -81,6 +82,9 @@ def main():
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="every row is trained once with each of these seeds"
     )
+    parser.add_argument(
+        "--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where runs and tables are written")
     args, flags = parser.parse_known_args()
 
@@ -91,19 +95,22 @@ def main():
         raise UserError(f"{args.folder} holds an ablation with other flags; choose another --folder")
     settings.write_text(json.dumps(flags))
 
+    repeats = {str(seed): ["--seed", str(seed)] for seed in args.seeds}
+    if args.folds:
+        repeats = {f"fold-{k}": ["--fold", f"{k}/{args.folds}"] for k in range(1, args.folds + 1)}
     results = {name: [] for name in ["zero-shot", *PARTS]}
-    for seed in args.seeds:
+    for repeat, its_flags in repeats.items():
         for name, off in PARTS.items():
-            print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
-            run = args.folder / f"{name.strip('+ ').replace(' ', '-')}-{seed}"
-            results[name].append(train(run, [*flags, *off, "--seed", str(seed)]))
+            print(f"{' '.join(its_flags)}: {name}", file=sys.stderr, flush=True)
+            run = args.folder / f"{name.strip('+ ').replace(' ', '-')}-{repeat}"
+            results[name].append(train(run, [*flags, *off, *its_flags]))
         prefix = "zero_shot_"
         untrained = {k.removeprefix(prefix): v for k, v in results["+ LoRA"][-1].items() if k.startswith(prefix)}
         results["zero-shot"].append(untrained)
     rows = {name: summarize(of_row) for name, of_row in results.items()}
     table = markdown(rows)
     (args.folder / "ablation.json").write_text(
-        json.dumps({"seeds": args.seeds, "flags": flags, "rows": rows}, indent=2)
+        json.dumps({"repeats": list(repeats), "flags": flags, "rows": rows}, indent=2)
     )
     (args.folder / "ablation.md").write_text(table)
     print(table, end="")

@@ -79,9 +79,9 @@ def find_device(name):
 def mixed_precision(device):
     """The type that the towers compute in: bfloat16 on GPUs that support it, float16 on older ones, float32 elsewhere.
 
-    Both 16-bit types halve the traffic and run on the GPU's matrix units. bfloat16 has float32's range, with 7 digits
-    after the binary point instead of 23. float16 has 10, but ends at 65,504 above and 6e-8 below, so small gradients
-    vanish (see `Optimization` in train.py).
+    Both 16-bit types halve the traffic and run on the GPU's tensor cores, its units for matrix products. bfloat16 has
+    float32's range, with 7 digits after the binary point instead of 23. float16 has 10, but ends at 65,504 above and
+    6e-8 below, so small gradients vanish (see `Optimization` in train.py).
     """
     if device.type != "cuda":
         return torch.float32

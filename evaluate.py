@@ -1,7 +1,7 @@
 """All figures of a fine-tuned model on labelled images: python evaluate.py [--run RUN] [--data PATH]
 
 Without --data it repeats the figures of the run's own held-out images. With --data it evaluates on other labelled
-images, another hospital's say; their classes should be named as the run's are.
+images, from another hospital, say; their classes should be named as the run's are.
 
     classification   each image gets the class whose vector it is nearest to
     image→image      each image queries the images of other groups; those of its class are relevant
@@ -11,16 +11,15 @@ images, another hospital's say; their classes should be named as the run's are.
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from cli import Parser, add_run_flags, find_device
-from data import load_dataset, scored_split, split_dataset
+from data import load_dataset
 from errors import UserError, run_script
 from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
-from phantom import DEFAULT
 from runs import encode_images, encode_texts, find_run, load_run
+from splits import scored_split, split_dataset, trained_images
 
 
 def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
@@ -115,12 +114,7 @@ def table(results):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def own_splits(settings):
-    """→ the splits of the data set that the run was trained on."""
-    return split_dataset(load_dataset(settings.data), settings.split, settings.seed)
-
-
-def other_samples(data, metadata):
+def other_samples(data, run, metadata):
     """--data → labelled samples, and a note if the run was trained on some of them. Raises UserError where labels are
     missing or unknown to the run."""
     samples = load_dataset(data)
@@ -131,11 +125,9 @@ def other_samples(data, metadata):
     if unknown:
         known = ", ".join(metadata.classes)
         raise UserError(f"{data} has labels that the run does not know: {', '.join(unknown)}; it knows {known}")
-    own, note = metadata.settings.data, ""
-    if (DEFAULT if own == "phantom" else Path(own)).exists():
-        trained = {sample.image.resolve() for sample in own_splits(metadata.settings)["train"]}
-        seen = sum(sample.image.resolve() in trained for sample in samples)
-        note = f"; note: the run was trained on {seen:,} of them, so the figures flatter" if seen else ""
+    trained = trained_images(run)
+    seen = sum(sample.image.resolve() in trained for sample in samples)
+    note = f"; note: the run was trained on {seen:,} of them, so the figures flatter" if seen else ""
     return samples, note
 
 
@@ -151,9 +143,9 @@ def main():
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
     if args.data:
-        (samples, note), name = other_samples(args.data, metadata), args.data
+        (samples, note), name = other_samples(args.data, run, metadata), args.data
     else:
-        splits = own_splits(metadata.settings)
+        splits = split_dataset(load_dataset(run / "split.csv"), "manifest")
         name, note = f"{scored_split(splits)} of {metadata.settings.data}", ""
         samples = splits[scored_split(splits)]
     batch_size = args.batch_size or metadata.settings.batch_size

@@ -12,8 +12,8 @@ and rank 8 they have 12,288 numbers instead of 589,824.
   ∂loss/∂B = g (A x)ᵀ and ∂loss/∂A = Bᵀ g xᵀ (times alpha / rank). If B alone is zero, B gets a gradient at once, and A
   from the second step on. If both are, both gradients are zero, and stay so.
 - B A x is a sum of `rank` terms. They are trained towards the same end, so they add up rather than cancel, and the sum
-  grows with the rank. Dividing by the rank keeps its size, so a learning rate found with one rank serves another. alpha
-  sets that size; 2 × rank is a common choice.
+  grows with the rank. Dividing by the rank keeps its size: with the default alpha = 16 the factor is 2 at rank 8 and
+  0.5 at rank 32, and one learning rate fits both. (Many set alpha = 2 × rank instead, and search the rate again.)
 - q, k and v have an adapter each. One on their stacked matrix, as OpenAI stores it, would be B (3·out, rank) times one
   A (rank, in): q, k and v would all read the same few directions of x, and none could be adapted alone.
 - Trained, (alpha / rank) · B A can be added to W, for good: a *merged* adapter costs nothing.
@@ -53,8 +53,8 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False)
-        # Uniform within ±√(2/(1 + a²))·√(3/in); a = √5 makes it ±1/√in, nn.Linear's default, and PEFT's. So A x is
-        # about as large as one entry of x, whatever the width.
+        # Uniform within ±√(2/(1 + a²))·√(3/in); a = √5 makes it ±1/√in. nn.Linear has just done the same; PEFT repeats
+        # it, to show it. So A x has a standard deviation of 0.58 of an entry of x, whatever the width.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.merged = False

@@ -9,7 +9,7 @@ challenge have prompts by hand; any other class name is put into templates; a JS
 Source: arXiv 2509.00752 (the idea; the wording is ours), CLIP's prompt ensembles (arXiv 2103.00020, section 3.1.4).
 
 Try changing this: in `main`, put CLIP's own template, "a photo of a {}", in place of ours: 0.757 instead of 0.643, so
-which words a model understands is to be measured. Give each ear the prompts of the other: 0.857 falls to 0.657.
+measure which words a model understands. Give each ear the prompts of the other: 0.857 falls to 0.657.
 """
 
 import json
@@ -131,6 +131,7 @@ def main():
     words = [name.replace("-", " ") for name in ENTREP_PROMPTS]
     wordings = {
         "the class name": [[word] for word in words],
+        # The templates are meant for CLIP, which knows many words; the small one has read ours by hand and few others.
         "templates": [[template.format(word) for template in TEMPLATES] for word in words],
         "one prompt by hand": [prompts[:1] for prompts in ENTREP_PROMPTS.values()],
         "five prompts by hand": ENTREP_PROMPTS.values(),  # no gain here: the small CLIP was trained on each of them

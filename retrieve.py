@@ -18,8 +18,8 @@ from runs import encode_images, encode_texts, find_run, load_run
 
 def index_images(run, model, files, device, batch_size, workers):
     """Image files → (N, embed_dim) embeddings, kept in the run's index.safetensors. Only images that are new, or whose
-    size or time of change differ from the index's, are encoded. The index also holds the model's fingerprint: another
-    model makes it anew."""
+    size or time of change differ from the index's, are encoded (a file of the same size and time goes unnoticed). The
+    index also holds the model's fingerprint: another model makes it anew."""
     index, key = run / "index.safetensors", fingerprint(model)
     known = {}
     if index.exists():

@@ -5,6 +5,7 @@
     runs/<name>/last.safetensors      all that resuming needs (train.py)
     runs/<name>/metrics.jsonl         the held-out figures after each epoch, a line each (train.py)
     runs/<name>/metrics.json          the figures of the best epoch, and of the untrained model (train.py)
+    runs/<name>/split.csv             which image was trained on, and which held out: a manifest (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
     runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
 

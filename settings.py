@@ -37,7 +37,19 @@ class Settings:
         "default: phantom for --data phantom, else clip-vit-b-16",
     )
     split: str = setting(
-        str, "how to hold images out, see data.py", "auto", choices=("auto", "random", "group", "manifest")
+        str, "how to hold images out, see splits.py", "auto", choices=("auto", "random", "group", "manifest")
+    )
+    fold: str | None = setting(
+        str,
+        "hold out part k of n instead of a fifth, like 1/5, for cross-validation; not with the manifest's split",
+        None,
+    )
+    duplicates: str = setting(
+        str,
+        "together: keep copies of a picture, also resized or compressed ones, on one side of the split; ignore: don't "
+        "look for them",
+        "together",
+        choices=("together", "ignore"),
     )
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
     batch_size: int = setting(int, "images in a step", 32, low=1)

@@ -13,8 +13,8 @@ as one symbol, rare ones as several.
 Source: Sennrich et al. (arXiv 1508.07909); the behaviour matched is that of github.com/openai/CLIP,
 clip/simple_tokenizer.py.
 
-Try changing this: learn 0 merges in `main`: a word is as long as its letters. Learn from "thanh quản" too (twice, as a
-pair that occurs once is not worth a symbol), and its ten symbols become two.
+Try changing this: learn 0 merges in `main`: every word becomes a symbol for each letter. Learn from "thanh quản" too
+(twice, as a pair that occurs once is not worth a symbol), and its ten symbols become two.
 """
 
 import gzip

@@ -13,9 +13,10 @@ image→image MRR and text→image MRR on the validation images, is kept in the 
 
 With --resume an interrupted training ends with the same bits as an uninterrupted one. It begins the interrupted epoch
 again, whose randomness follows from seed and epoch alone. The learning rate follows from the step's number. The weights
-that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors.
-That holds on a CPU with the same PyTorch and number of threads; a GPU may add the same numbers in another order each
-time.
+that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors. It
+holds on a CPU, with the same PyTorch and number of threads, as a sum depends on its order: in float32 (1e8 + 1) − 1e8
+is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some of PyTorch's GPU operations, the gradient of
+indexing for one, add in whatever order their threads arrive.
 
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
 """
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 
 from checkpoint import read_safetensors, write_safetensors
 from cli import Parser, Progress, add_machine_flags, autocast, find_device, mixed_precision
-from data import class_names, describe, load_dataset, scored_split, split_dataset, training_batches
+from data import class_names, training_batches
 from errors import UserError, run_script
 from evaluate import evaluate, selection_score, summary, table
 from fusion import slerp_mix
@@ -41,6 +42,7 @@ from kernels import contrastive_loss
 from prompts import class_prompts
 from runs import State, load_trained, new_model, new_run, resumed_run, trained_parameters
 from settings import add_settings
+from splits import make_splits, scored_split
 
 
 def parse_arguments():
@@ -163,7 +165,6 @@ def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device
 
 def begin(run, split, zero_shot):
     """A new training, after the untrained model's figures on a split → State."""
-    run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("")
     print(f"untrained, on {split}:  {summary(zero_shot)}", flush=True)
     return State(zero_shot)
@@ -212,14 +213,14 @@ def main():
     device = find_device(args.device)
     run, settings, saved = resumed_run(args.run) if args.resume else new_run(args)
 
-    splits = split_dataset(load_dataset(settings.data), settings.split, settings.seed)
+    splits, overview = make_splits(run, settings, resumed=bool(saved), workers=args.workers)
     classes, scored = class_names(splits["train"]), scored_split(splits)
     prompts = saved.metadata.prompts if saved else class_prompts(classes, args.prompts)
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
     model.to(device)
     optimization = Optimization(model, settings, len(splits["train"]), device)
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
-    print(describe(splits))
+    print(overview)
     print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
 
     def figures(split):

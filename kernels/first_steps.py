@@ -170,6 +170,11 @@ def matmul_kernel(x, y, S, N, M, D, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr
     tl.store(S + rows[:, None] * M + columns[None, :], tile, mask=(rows < N)[:, None] & (columns < M)[None, :])
 
 
+# Three things more that the real kernels use. A kernel may call other `@triton.jit` functions, which are compiled into
+# it. It may read a global only if that is a `tl.constexpr`. `out.dtype.element_ty` is the type of the numbers that the
+# pointer `out` points to; what is stored there is converted with `.to(…)`.
+
+
 def matmul(x, y):
     """(N, D), (M, D), contiguous → x yᵀ (N, M) float32."""
     (N, D), M = x.shape, len(y)
@@ -202,11 +207,8 @@ def main():
     S = matmul(x, y)
     print("4. x (70, 100) times y (40, 100) transposed, a program for each tile of 32 × 16:")
     for i in range(triton.cdiv(70, 32)):
-        print(
-            "   ",
-            "  ".join(f"({i}, {j})" for j in range(triton.cdiv(40, 16))),
-            f"  rows {32 * i} to {min(32 * i + 31, 69)}",
-        )
+        tiles = "  ".join(f"({i}, {j})" for j in range(triton.cdiv(40, 16)))
+        print(f"    {tiles}   rows {32 * i} to {min(32 * i + 31, 69)}")
     print(f"    largest difference to PyTorch {(S - x @ y.T).abs().max().item():.1e}")
 
 

@@ -14,7 +14,7 @@ strips of rows, one after the other. Here the matrix is cut into tiles, and ever
 
 (Tiles of 16-bit features have 128 rows.) In NumPy's words: rx, ry are the inverse lengths of the images and texts.
 x_weight is 1 / number of images with a positive, and 0 for the other images; x_share is x_weight / positives of the
-image. Of the texts likewise. (The weights of `reference.py` contain the loss's ½; here it comes at the end.)
+image. The same for the texts. (The weights of `reference.py` contain the loss's ½; here it comes at the end.)
 
     for I, J in tiles:                                               # a program each, many at a time, in any order
         S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)                # stays in registers
@@ -186,7 +186,8 @@ def gradient_kernel(
 # one step and do not look inside. `mutates_args=()` promises that it writes to none of its arguments, so the compiler
 # may reorder and merge calls. `register_fake`, below, gives results of the right shape, type and strides without
 # computing them. The compiler plans a whole step with such results; without them it cannot trace the call. Backward is
-# named by `register_autograd`; its `setup_context` is called after forward and keeps what backward needs.
+# named by `register_autograd`; its `setup_context` is called after forward and keeps what backward needs. Without
+# torch.compile, which train.py does not use, an autograd.Function as in reference.py would do.
 
 
 def measure(x, labels, other_labels):

@@ -143,7 +143,8 @@ def backward_kernel(d_out, a, b, t, da, db, dt, N, D, BLOCK_N: tl.constexpr, BLO
     )
     end = tl.where(opposite[:, None], perpendicular(unit_a, d, D), unit_b)
     g_a, g_step = tl.sum(g * unit_a, 1), tl.sum(g * (end - unit_a), 1)
-    # Of nearly parallel vectors the step from one to the other is exact, where ⟨g, b⟩ − ⟨g, a⟩ would cancel.
+    # ⟨g, a⟩ α_t + ⟨g, b⟩ β_t = ⟨g, a⟩ (α_t + β_t) + ⟨g, b − a⟩ β_t, and κ likewise. Of nearly parallel vectors ⟨g, a⟩
+    # and ⟨g, b⟩ share most digits, and their difference would lose them; b − a, taken first, does not.
     tl.store(dt + rows, g_a * (alpha_t + beta_t) + g_step * beta_t, rows < N)
 
     kappa = g_a * (alpha_c + beta_c) + g_step * beta_c

@@ -1,5 +1,6 @@
 """ablate.py: the method part by part."""
 
+import csv
 import json
 
 import pytest
@@ -39,3 +40,14 @@ def test_ablation_averages_runs_over_seeds_and_goes_on_where_it_stopped(script, 
     script(ablate, "--data", tmp_path / "elsewhere", "--folder", tmp_path / "b")  # nothing is trained: it may be mended
     status, _, err = script(ablate, "--data", tmp_path / "nowhere", "--folder", tmp_path / "b")
     assert status == 2 and err.splitlines()[-1].startswith("error: there is no") and "Traceback" not in err
+
+
+def test_folds_hold_out_every_image_once(script, pictures, base, tmp_path):
+    arguments = ["--data", pictures / "manifest.csv", "--weights", base, "--epochs", 1, "--folder", tmp_path / "a"]
+    status, out, err = script(ablate, *arguments, "--split", "group", "--folds", 3)
+    assert status == 0 and out.startswith("| "), err
+    held_out = []
+    for k in (1, 2, 3):
+        rows = csv.DictReader((tmp_path / f"a/LoRA-fold-{k}/split.csv").open())
+        held_out += [row["image"] for row in rows if row["split"] == "val"]
+    assert sorted(held_out) == sorted(str(file) for file in (pictures / "images").rglob("*.png"))

@@ -9,13 +9,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from test_data import LARYNX, needs_larynx, user_error
 from transformers.image_utils import load_image as their_load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from errors import UserError
-from images import augment, load_image, mirror_text, prefetch, preprocess, resize_and_crop, to_rgb
+from images import (
+    augment,
+    find_duplicates,
+    load_image,
+    look,
+    mirror_text,
+    prefetch,
+    preprocess,
+    resize_and_crop,
+    to_rgb,
+)
+from phantom import CLASSES
+from phantom import draw as draw_phantom
 
 UINT8 = {"do_rescale": False, "do_normalize": False}
 
@@ -377,3 +389,41 @@ def test_workers_work_at_the_same_time():
     meeting = threading.Barrier(3, timeout=20)  # passed only by three at once
     batches = list(prefetch(lambda item: meeting.wait() >= 0, [[0], [1], [2]], 3))
     assert batches == [[True]] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Duplicates
+
+
+def test_copies_are_found_whatever_their_size_and_compression(tmp_path):
+    originals = [draw_phantom(label, np.random.default_rng([3, i]), "B")[0] for i, label in enumerate(CLASSES * 2)]
+    for i, image in enumerate(originals):
+        image.save(tmp_path / f"{i:02}.png")
+    (tmp_path / "03 again.png").write_bytes((tmp_path / "03.png").read_bytes())
+    originals[5].save(tmp_path / "05.jpg", quality=50)
+    small = originals[5].resize((originals[5].width // 2, originals[5].height // 2), Image.Resampling.LANCZOS)
+    small.convert("RGB").save(tmp_path / "05 small.webp")
+    ImageOps.mirror(originals[8]).save(tmp_path / "08 mirrored.png")  # not a copy: another side of the patient
+    found = find_duplicates(sorted(tmp_path.iterdir()), workers=2)
+    assert sorted(sorted(file.name for file in copies) for copies in found) == [
+        ["03 again.png", "03.png"],
+        ["05 small.webp", "05.jpg", "05.png"],
+    ]
+
+
+def test_different_phantoms_of_a_class_are_no_copies(tmp_path):
+    for i in range(60):
+        draw_phantom("ear-left", np.random.default_rng([4, i]), "B")[0].save(tmp_path / f"{i}.png")
+    assert find_duplicates(list(tmp_path.iterdir()), workers=2) == []
+    assert find_duplicates([], workers=2) == []
+
+
+@needs_larynx
+def test_neighbouring_frames_of_real_videos_are_no_copies():
+    assert find_duplicates(sorted((LARYNX / "images").rglob("*.jpg")), workers=2) == []
+
+
+def test_the_difference_hash_is_as_by_hand():
+    grey = np.add.outer(np.zeros(8, int), [0, 9, 5, 5, 6, 3, 8, 1, 2]).astype(np.uint8)  # 8 × 9: no resizing
+    bits, thumbnail = look(Image.fromarray(grey))
+    assert np.unpackbits(bits).reshape(8, 8).tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]] * 8 and thumbnail.shape == (768,)

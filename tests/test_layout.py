@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
     {"runs", "settings", "pictures", "cli"},
-    {"fusion", "lora", "data", "entrep", "checkpoint"},
+    {"fusion", "lora", "data", "splits", "entrep", "checkpoint"},
     {"model", "tokenizer", "prompts", "images", "kernels", "metrics", "phantom"},
     {"errors"},
 ]

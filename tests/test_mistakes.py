@@ -21,7 +21,7 @@ def test_mistakes_with_data_are_one_line(script, pictures, base, tmp_path):
     assert "no images" in training(tmp_path / "empty")
     (tmp_path / "one/only").mkdir(parents=True)
     for i in range(4):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"one/only/{i}.png")
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / f"one/only/{i}.png")
     assert "one class" in training(tmp_path / "one")
     (tmp_path / "one/single").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one/single/0.png")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -116,3 +117,19 @@ def test_resuming_on_other_base_weights_is_refused(script, pictures, base, tmp_p
     tensors = {name: tensor + 1 for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     assert "other weights" in mistake(script(train, "--resume", "--run", run))
+
+
+def test_the_split_is_kept_and_resuming_goes_on_with_it(script, pictures, base, tmp_path):
+    arguments = ["--data", pictures / "images", "--weights", base, "--epochs", 1, "--fold", "2/3"]
+    status, out, _ = script(train, *arguments, "--run", tmp_path / "run")
+    assert status == 0 and "12 train, 6 val" in out and "half-left    4 train, 2 val" in out
+    rows = list(csv.DictReader((tmp_path / "run/split.csv").open()))
+    assert sorted(row["split"] for row in rows) == ["train"] * 12 + ["val"] * 6
+
+
+def test_copies_of_a_picture_are_reported(script, pictures, base, tmp_path):
+    shutil.copytree(pictures / "images", tmp_path / "images")
+    shutil.copy(tmp_path / "images/half-left/0.png", tmp_path / "images/half-left/copy.png")
+    arguments = ["--data", tmp_path / "images", "--weights", base, "--epochs", 1]
+    assert "pictures are there more than once" in script(train, *arguments, "--run", tmp_path / "a")[1]
+    assert "more than once" not in script(train, *arguments, "--run", tmp_path / "b", "--duplicates", "ignore")[1]

@@ -1,0 +1,240 @@
+"""Which images are trained on, and which are held out.
+
+Why groups matter: neighbouring frames of one video are nearly the same picture. A random split puts them on both sides,
+and a model that has memorized the training images then seems to recognize patients whom it has never met.
+
+Try changing this: in `main`, split "random" with other seeds and count the patients who are on both sides: about three
+of five. By "group" there are none.
+"""
+
+import csv
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from data import Sample, class_names, load_dataset
+from errors import UserError
+from images import find_duplicates
+
+
+def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicates=()):
+    """Samples → {"train": […], "val": […], "test": […]}; test is empty unless the manifest has one.
+
+    how: "manifest" takes its split column (without a val in it, val is taken from train, by groups if there are any);
+    "group" holds out whole groups; "random" is stratified by class; "auto" is the first of these that the data has.
+    About `fraction` of each class is held out, at least one image, or one group; a class with one group only stays in
+    train. fold: "k/n" holds out part k of n instead: over all k every image is held out once, and class counts differ
+    by as little as the groups allow. duplicates: lists of images that show the same picture (`images.find_duplicates`).
+    They are kept on one side. Where the manifest has them on several, the later ones of train, val and test are left
+    out. Raises UserError where the labels do not allow training.
+    """
+    unlabelled = next((sample for sample in samples if sample.label is None), None)
+    if unlabelled:
+        raise UserError(f"{unlabelled.image} has no label; give a sub-folder for each class, or a manifest with labels")
+    if how == "auto":
+        has_split, has_group = any(sample.split for sample in samples), any(sample.group for sample in samples)
+        how = "manifest" if has_split else "group" if has_group else "random"
+    if how == "group" and not all(sample.group for sample in samples):
+        raise UserError("not every image has a group; fill the manifest's group column, or use --split random")
+    if how == "manifest":
+        if fold:
+            raise UserError("--fold makes its own splits; use --split group or --split random with it")
+        splits = _split_by_manifest(samples, seed, fraction, duplicates)
+    else:
+        unit = _units(samples, how == "group", duplicates)
+        if fold:
+            splits = _split_by_fold(samples, unit, seed, fold)
+        else:
+            splits = (_split_by_group if how == "group" else _split_randomly)(samples, unit, seed, fraction)
+    classes = class_names(splits["train"])
+    if len(classes) < 2:
+        found = f"one class only, {classes[0]!r}" if classes else "nothing"
+        raise UserError(f"there is {found} to train on; give images of two classes or more")
+    for name in ("val", "test"):
+        unknown = sorted(set(class_names(splits[name])) - set(classes))
+        if unknown:
+            raise UserError(f"the {name} split has labels that train lacks: {', '.join(unknown)}; move some to train")
+    if not splits["val"]:
+        raise UserError("nothing to validate on; give more images, or mark some as val in the manifest's split column")
+    return splits
+
+
+def scored_split(splits):
+    """The name of the split that a run's final figures are of: test, which nothing was chosen by, else val."""
+    return "test" if splits["test"] else "val"
+
+
+def describe(splits, samples, duplicates=()):
+    """→ a text: how many images of each class there are on each side, and what the user should know of the split."""
+    names, classes = [name for name, part in splits.items() if part], class_names(splits["train"])
+    sides = ", ".join(f"{len(splits[name]):,} {name}" for name in names)
+    lines = [f"{sum(map(len, splits.values())):,} images of {len(classes)} classes: {sides}"]
+    counts = {name: Counter(sample.label for sample in splits[name]) for name in names}
+    width = max(map(len, classes))
+    lines += [f"  {label:{width}}  " + ", ".join(f"{counts[n][label]:,} {n}" for n in names) for label in classes]
+    if any(sample.group for sample in samples):
+        groups = [f"{len({sample.group for sample in splits[name]}):,} {name}" for name in names]
+        lines.append(f"  {'groups':{width}}  " + ", ".join(groups))
+    if duplicates:
+        lines.append(f"note: {len(duplicates):,} pictures are there more than once; their copies are kept on one side")
+    if len(samples) > sum(map(len, splits.values())):
+        left_out = len(samples) - sum(map(len, splits.values()))
+        lines.append(f"note: {left_out:,} copies stood on another side than their first; these are left out")
+    for name in names:
+        lacking = set(classes) - set(class_names(splits[name]))
+        if lacking:
+            lines.append(f"note: {name} has no image of {', '.join(sorted(lacking))}")
+    return "\n".join(lines)
+
+
+def write_split(file, splits):
+    """Keep a split as a manifest, which `load_dataset` reads."""
+    rows = [[s.image.resolve(), s.label, s.caption, s.group, name] for name, part in splits.items() for s in part]
+    try:
+        with open(file, "w", encoding="utf-8", newline="") as lines:
+            csv.writer(lines).writerows([["image", "label", "caption", "group", "split"], *rows])
+    except UnicodeEncodeError as problem:
+        raise UserError(f"a file's name cannot be written as UTF-8 ({problem}); rename it") from None
+
+
+def _by_label(samples):
+    classes = {}
+    for sample in samples:
+        classes.setdefault(sample.label, []).append(sample)
+    return dict(sorted(classes.items()))
+
+
+def _split_by_manifest(samples, seed, fraction, duplicates):
+    if not all(sample.split for sample in samples):
+        raise UserError("not every entry of the manifest has a split; fill the column, or use --split random")
+    splits = {name: [s for s in samples if s.split == name] for name in ("train", "val", "test")}
+    if splits["test"] and splits["train"] and not splits["val"]:
+        by_group = all(sample.group for sample in splits["train"])
+        unit = _units(splits["train"], by_group, duplicates)
+        rest = (_split_by_group if by_group else _split_randomly)(splits["train"], unit, seed, fraction)
+        splits |= {"train": rest["train"], "val": rest["val"]}
+    picture = {image: number for number, copies in enumerate(duplicates) for image in copies}
+    seen = set()
+    for name, part in splits.items():
+        splits[name] = [s for s in part if picture.get(s.image, s.image) not in seen]
+        seen |= {picture.get(s.image, s.image) for s in part}
+    return splits
+
+
+def _units(samples, by_group, duplicates):
+    """What stays on one side of a split: images of a group, copies of a picture → {image: name of its unit}."""
+    unit, joined = {s.image: s.group if by_group else s.image for s in samples}, {}
+
+    def find(name):
+        while name in joined:
+            name = joined[name]
+        return name
+
+    for copies in duplicates:
+        names = {find(unit[image]) for image in copies if image in unit}
+        if names:
+            joined |= dict.fromkeys(names - {min(names)}, min(names))
+    return {image: find(name) for image, name in unit.items()}
+
+
+def _split_randomly(samples, unit, seed, fraction):
+    rng, chosen = random.Random(seed), set()
+    for label, members in _by_label(samples).items():
+        images = sorted({unit[sample.image] for sample in members})  # an image with two captions stays on one side
+        if len(images) < 2:
+            raise UserError(
+                f"class {label!r} has one image (copies count once); give two, to train on and to validate on"
+            )
+        chosen.update(rng.sample(images, max(1, round(fraction * len(images)))))
+    return _divide(samples, unit, chosen)
+
+
+def _divide(samples, unit, chosen):
+    splits = {"train": [], "val": [], "test": []}
+    for sample in samples:
+        splits["val" if unit[sample.image] in chosen else "train"].append(sample)
+    return splits
+
+
+def _split_by_group(samples, unit, seed, fraction):
+    rng, chosen = random.Random(seed), set()
+    for members in _by_label(samples).values():
+        sizes = Counter(unit[sample.image] for sample in members)
+        groups = sorted(sizes)
+        rng.shuffle(groups)
+        groups.sort(key=lambda group: max(0, sizes[group] - fraction * len(members)))  # those that fit first, at random
+        for group in groups:
+            out = [sample for sample in members if unit[sample.image] in chosen]
+            # A group may hold images of several classes: none of them may lose its last group to train on.
+            touched = {sample.label for sample in samples if unit[sample.image] == group}
+            left = {sample.label for sample in samples if unit[sample.image] not in chosen | {group}}
+            if len(out) < fraction * len(members) and touched <= left:
+                chosen.add(group)
+    return _divide(samples, unit, chosen)
+
+
+def _split_by_fold(samples, unit, seed, fold):
+    """The largest units first, each goes to the fold that has least of its classes so far. The only unit of a class
+    stays in train in every fold."""
+    match = re.fullmatch(r"(\d+)/(\d+)", fold)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not (parts > 1 and 1 <= part <= parts):
+        raise UserError(f"--fold should be like 1/5, the first of five parts, not {fold!r}")
+    content, classes = {}, {}
+    for sample in {s.image: s for s in samples}.values():  # an image once
+        content.setdefault(unit[sample.image], Counter())[sample.label] += 1
+        classes.setdefault(sample.label, set()).add(unit[sample.image])
+    total = sum(content.values(), Counter())
+    units = sorted(set(content) - {name for names in classes.values() if len(names) == 1 for name in names})
+    random.Random(seed).shuffle(units)
+    units.sort(key=lambda name: -content[name].total())
+    if len(units) < parts:
+        raise UserError(f"--fold {fold}: {len(units)} groups or images cannot make {parts} parts; use fewer")
+    folds = [[] for _ in range(parts)]
+    loads = [Counter() for _ in range(parts)]
+    for name in units:
+
+        def cost(i, name=name):  # how much the squares of the classes' shares in the folds would grow
+            return sum(loads[i][label] * n / total[label] ** 2 for label, n in content[name].items()), loads[i].total()
+
+        best = min(range(parts), key=cost)
+        folds[best].append(name)
+        loads[best] += content[name]
+    return _divide(samples, unit, set(folds[part - 1]))
+
+
+def make_splits(run, settings, resumed, workers):
+    """→ the splits, kept in the run's folder as a manifest, and a text that describes them."""
+    kept = run / "split.csv"
+    samples, duplicates = load_dataset(kept if resumed else settings.data), []
+    if not resumed and settings.duplicates == "together":
+        duplicates = find_duplicates([sample.image for sample in samples], workers)
+    how = "manifest" if resumed else settings.split
+    splits = split_dataset(samples, how, settings.seed, fold=None if resumed else settings.fold, duplicates=duplicates)
+    run.mkdir(parents=True, exist_ok=True)
+    write_split(kept, splits)
+    return splits, describe(splits, samples, duplicates)
+
+
+def trained_images(run):
+    """→ the image files that a run was trained on; they need not be there any more."""
+    kept = run / "split.csv"
+    if not kept.is_file():
+        return set()
+    with open(kept, encoding="utf-8", newline="") as lines:
+        return {Path(row["image"]) for row in csv.DictReader(lines) if row["split"] == "train"}
+
+
+def main():
+    samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], group=f"patient {i // 4}") for i in range(20)]
+    print("20 images of 5 patients and 2 classes:")
+    for how in ("random", "group"):
+        splits = split_dataset(samples, how)
+        counts = {name: dict(Counter(sample.label for sample in part)) for name, part in splits.items() if part}
+        patients = [{sample.group for sample in splits[name]} for name in ("train", "val")]
+        print(f"split {how:6} {counts}, {len(patients[0] & patients[1])} patients on both sides")
+
+
+if __name__ == "__main__":
+    main()
