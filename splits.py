@@ -209,6 +209,7 @@ def make_splits(run, settings, resumed, workers):
     kept = run / "split.csv"
     samples, duplicates = load_dataset(kept if resumed else settings.data), []
     if not resumed and settings.duplicates == "together":
+        print(f"looking for copies among {len(samples):,} images", flush=True)
         duplicates = find_duplicates([sample.image for sample in samples], workers)
     how = "manifest" if resumed else settings.split
     splits = split_dataset(samples, how, settings.seed, fold=None if resumed else settings.fold, duplicates=duplicates)
