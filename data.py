@@ -3,7 +3,8 @@
 A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
-    group (a patient, say: images of one group stay on one side of a split) and split (train, val or test);
+    group (a patient, say: images of one group stay on one side of a split that is drawn here) and split (train, val or
+    test);
   - the ENTRep challenge's folder, recognized by its cls.json and data.json (entrep.py);
   - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
 """

@@ -1,8 +1,8 @@
 """Multi-level CLS fusion, slerp augmentation and the class head: what the paper adds on top of CLIP.
 
 Every block of the vision transformer leaves a CLS token, and CLIP uses the last one only. But each block is a *level*
-of its own: early ones see edges and colours, later ones parts and things. Here the CLS tokens of several levels are
-fused into one embedding:
+of its own, and what can be read off their tokens differs, as the table below shows. Here the CLS tokens of several
+levels are fused into one embedding:
 
     (B, 3, 224, 224) pixels
       │  12 blocks
@@ -36,12 +36,15 @@ picture was taken. Tested on 210 phantoms:
     finding (of 5)       0.51  0.66  0.69  0.69  0.75    0.72
     scope (of 2)         0.82  0.88  0.93  0.88  0.86    0.93
 
-One standard error is 0.03 around 0.7 and 0.01 to 0.02 above 0.9. So the class grows clearer up to the last blocks, and
-what is left of the findings' differences may be chance. The scope, a matter of tint and sharpness, is clearest
-half-way: the last block has begun to forget it. "Side by side" is a probe that sees all four tokens: it shows what a
-fusion could use, not what it does use. `main` prints what each mode gains for the class here: little, as the last level
-alone is nearly right. The default, `gate`, was chosen for its simplicity before this was measured; it does not gain
-most.
+One standard error is 0.03 around 0.7 and 0.01 to 0.02 above 0.9. So the class is clear from block 4 on. The finding is
+clearer at block 2 than at block 1; from there on the differences may be chance. The scope, a matter of tint and
+sharpness, is read best at block 4 and a little worse at block 8: a hint, not a proof, that the last block forgets it.
+"Side by side" is a probe that sees all four tokens: it shows what a fusion could use, not what it does use.
+
+What a fusion gains for the class, `main` prints too. Fusion and head trained on 210 phantoms, tested on 210 others: the
+last level alone 0.962, `gate` 0.967, `slerp` 0.976, `concat` 0.971, `mean` 0.981, with a standard error of 0.01: most
+of that may be chance. `gate` is the default because it starts as CLIP, which `mean` does not, adds no new matrix, as
+`concat` does, and weighs each dimension of a level by itself, which `slerp` cannot. No measurement favours it.
 
 Source: arXiv 2509.00752. It names the components; the modes and their zero start are this project's choices.
 
@@ -113,9 +116,10 @@ class FusedCLIP(nn.Module):
 
     mode: of MODES, or "none" for CLIP's own image embedding. `head`: a row for each class, to be started as the mean
     text embedding of the class's prompts (`set_head`). Why a mean: with unit vectors tᵢ of n prompts, x̂ · (1/n) Σ tᵢ is
-    the mean cosine of the image with the prompts. As in CLIP's own ensembles of prompts, its length is divided out
-    (`classify`): that raises classes whose prompts disagree, so that each class has the same reach. So the untrained
-    classifier is zero-shot CLIP, asked in several ways.
+    the mean cosine of the image with the prompts. A mean of unit vectors is shorter the
+    more they disagree. Left in, that length would lower the logits of a class for every image alike, although it says
+    nothing about the image; so it is divided out (`classify`), as in CLIP's own ensembles of prompts, and the logit
+    depends on the angle alone. The untrained classifier is zero-shot CLIP, asked in several ways.
     """
 
     def __init__(self, clip: CLIP, num_classes, mode="gate", levels=None):

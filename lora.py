@@ -11,11 +11,12 @@ and rank 8 they have 12,288 numbers instead of 589,824.
 - B starts at zero, so an untrained adapter changes nothing. A must not be zero as well: with g the gradient of y,
   ∂loss/∂B = g (A x)ᵀ and ∂loss/∂A = Bᵀ g xᵀ (times alpha / rank). If B alone is zero, B gets a gradient at once, and A
   from the second step on. If both are, both gradients are zero, and stay so.
-- B A x is a sum of `rank` terms. They are trained towards the same end, so they add up rather than cancel, and the sum
-  grows with the rank. Dividing by the rank keeps its size: with the default alpha = 16 the factor is 2 at rank 8 and
-  0.5 at rank 32, and one learning rate fits both. (Many set alpha = 2 × rank instead, and search the rate again.)
+- B A x is a sum of `rank` terms. After one gradient step B = −η g (A x)ᵀ, so B A x = −η g ‖A x‖²: terms of one sign,
+  whose sum grows with the rank. Dividing by the rank keeps its size: with the default alpha = 16 the factor is 2 at
+  rank 8 and 0.5 at rank 32, and one learning rate fits both. (Many set alpha = 2 × rank instead, and search the rate
+  again.)
 - q, k and v have an adapter each. One on their stacked matrix, as OpenAI stores it, would be B (3·out, rank) times one
-  A (rank, in): q, k and v would all read the same few directions of x, and none could be adapted alone.
+  A (rank, in): q, k and v would have to share the same few directions of x.
 - Trained, (alpha / rank) · B A can be added to W, for good: a *merged* adapter costs nothing.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). Names, initialization and

@@ -21,13 +21,15 @@ from images import find_duplicates
 def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicates=()):
     """Samples → {"train": […], "val": […], "test": […]}; test is empty unless the manifest has one.
 
-    how: "manifest" takes its split column (without a val in it, val is taken from train, by groups if there are any);
+    how: "manifest" takes its split column as it is (with train and test but no val, val is taken from train: by groups
+    if every training image has one, else at random);
     "group" holds out whole groups; "random" is stratified by class; "auto" is the first of these that the data has.
     About `fraction` of each class is held out, at least one image, or one group; a class with one group only stays in
-    train. fold: "k/n" holds out part k of n instead: over all k every image is held out once, and class counts differ
-    by as little as the groups allow. duplicates: lists of images that show the same picture (`images.find_duplicates`).
-    They are kept on one side. Where the manifest has them on several, the later ones of train, val and test are left
-    out. Raises UserError where the labels do not allow training.
+    train. fold: "k/n" holds out part k of n instead: over all k every image is held out once, except those of the
+    only unit of a class, which are always trained on; class counts are evened out, the largest units first. duplicates:
+    lists of images that show the same picture (`images.find_duplicates`). They are kept on one side. Where the manifest
+    has them on several, the later ones of train, val and test are left out. Raises UserError where the labels do not
+    allow training.
     """
     unlabelled = next((sample for sample in samples if sample.label is None), None)
     if unlabelled:
@@ -123,7 +125,8 @@ def _split_by_manifest(samples, seed, fraction, duplicates):
 
 
 def _units(samples, by_group, duplicates):
-    """What stays on one side of a split: images of a group, copies of a picture → {image: name of its unit}."""
+    """What stays on one side of a split: images of a group, copies of a picture → {image: name of its unit}. If
+    patients share a picture, they become one unit, and so on along chains of copies."""
     unit, joined = {s.image: s.group if by_group else s.image for s in samples}, {}
 
     def find(name):

@@ -13,10 +13,10 @@ image→image MRR and text→image MRR on the validation images, is kept in the 
 
 With --resume an interrupted training ends with the same bits as an uninterrupted one. It begins the interrupted epoch
 again, whose randomness follows from seed and epoch alone. The learning rate follows from the step's number. The weights
-that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors. It
-holds on a CPU, with the same PyTorch and number of threads, as a sum depends on its order: in float32 (1e8 + 1) − 1e8
-is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some of PyTorch's GPU operations, the gradient of
-indexing for one, add in whatever order their threads arrive.
+that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors.
+This is promised on a CPU only, with the same PyTorch and number of threads, as a sum depends on its order: in float32
+(1e8 + 1) − 1e8 is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some of PyTorch's GPU operations, the
+gradient of indexing for one, add in whatever order their threads arrive.
 
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
 """
@@ -127,7 +127,7 @@ class Optimization:
         self.adamw.zero_grad()
 
     def tensors(self):
-        """All that resuming needs, by name."""
+        """The weights that are trained and AdamW's state, by name."""
         tensors = {f"model.{name}": p for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             tensors |= {f"{key}.{name}": value for key, value in self.adamw.state[p].items()}

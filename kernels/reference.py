@@ -20,7 +20,7 @@ float16 and bfloat16 inputs are computed in float32, float64 stays float64. Grad
 Try changing this. In `online`, take a bound for the maximum: `new_max = torch.full_like(column_max, 100)`. The column
 of a text that is opposite to all images underflows, and the loss is -inf. In `show_example`, give image 2 a label that
 no text has, [0, 2, 1]: its row of G turns positive, so the loss pushes it away even from the text that it equals. In
-CLIP's own loss each image has a copy of its text, and other images' copies push it so: most of the pull cancels.
+CLIP's own loss k images of a text bring k copies of it: each is pulled to its own and pushed from the other k − 1.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""The contrastive loss in Triton: normalization, similarities and both softmaxes fused; the N×M matrix is never stored.
+"""The contrastive loss in Triton: normalization, similarities and both softmaxes fused; the similarities are never
+stored. Forward keeps a 32nd or less as many numbers, backward a matrix K of at most 2²⁵ entries at a time, or one row.
 
 `reference.py` defines the loss and derives its gradient, `first_steps.py` explains Triton. The reference walks over
 strips of rows, one after the other. Here the matrix is cut into tiles, and every tile is a program of its own:
@@ -183,11 +184,13 @@ def gradient_kernel(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators. `custom_op` makes a function an operator of PyTorch like any other: autograd and torch.compile take it as
-# one step and do not look inside. `mutates_args=()` promises that it writes to none of its arguments, so the compiler
-# may reorder and merge calls. `register_fake`, below, gives results of the right shape, type and strides without
-# computing them. The compiler plans a whole step with such results; without them it cannot trace the call. Backward is
-# named by `register_autograd`; its `setup_context` is called after forward and keeps what backward needs. Without
-# torch.compile, which train.py does not use, an autograd.Function as in reference.py would do.
+# one step and do not look inside. For autograd an autograd.Function is one step, too; but torch.compile traces into its
+# forward and backward, and must understand every launch in them, or break its graph in two there. `mutates_args=()`
+# promises that it writes to none of its arguments, so the compiler may reorder and merge calls. `register_fake`, below,
+# gives results of the right shape, type and strides without computing them. The compiler plans a whole step with such
+# results; without them it cannot trace the call. Backward is named by `register_autograd`; its `setup_context` is
+# called after forward and keeps what backward needs. train.py does not compile, so an autograd.Function as in
+# reference.py would do for it.
 
 
 def measure(x, labels, other_labels):
@@ -293,7 +296,8 @@ contrastive_backward.register_autograd(refuse)
 
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
-    """As `kernels.reference.contrastive_loss`, on the GPU. Both features are float32, float16 or bfloat16.
+    """As `kernels.reference.contrastive_loss`, on the GPU, but for the memory that the page's first lines name. Both
+    features are float32, float16 or bfloat16.
 
     What the inputs cost: features of two types are copied to a type that holds both; features that are not contiguous
     are copied in forward and again in backward; float16 features are copied to bfloat16 in backward, which keeps 7 of
