@@ -67,7 +67,7 @@ def _read_folder(folder):
     if len(labelled) < len(files):
         stray = next(file for file in files if file.parent == folder)
         raise UserError(f"{stray} lies beside the class folders of {folder}; move it into one of them")
-    return [Sample(file, label=file.relative_to(folder).parts[0]) for file in files]
+    return [Sample(file, label=file.relative_to(folder).parts[0].strip()) for file in files]
 
 
 def _read_manifest(file):

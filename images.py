@@ -163,10 +163,9 @@ def find_duplicates(files, workers):
 
     signs = 2 * bits - 1  # ±1: the product of two hashes is 64 less twice the bits that differ
     for i in range(len(files) - 1):
-        near = signs[i + 1 :] @ signs[i] >= 64 - 2 * NEAR_BITS
-        for j in i + 1 + np.flatnonzero(near):
-            if np.abs(thumbnails[i] - thumbnails[j]).mean() <= NEAR_GREYS:
-                parent[root(j)] = root(i)
+        near = i + 1 + np.flatnonzero(signs[i + 1 :] @ signs[i] >= 64 - 2 * NEAR_BITS)
+        for j in near[np.abs(thumbnails[near] - thumbnails[i]).mean(1) <= NEAR_GREYS]:
+            parent[root(j)] = root(i)
     same = {}
     for i, file in enumerate(files):
         same.setdefault(root(i), []).append(file)

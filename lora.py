@@ -13,8 +13,8 @@ and rank 8 they have 12,288 numbers instead of 589,824.
   from the second step on. If both are, both gradients are zero, and stay so.
 - B A x is a sum of `rank` terms. After one gradient step B = −η g (A x)ᵀ, so B A x = −η g ‖A x‖²: terms of one sign,
   whose sum grows with the rank. Dividing by the rank keeps its size: with the default alpha = 16 the factor is 2 at
-  rank 8 and 0.5 at rank 32, and one learning rate fits both. (Many set alpha = 2 × rank instead, and search the rate
-  again.)
+  rank 8 and 0.5 at rank 32, and one learning rate should serve both. (Many set alpha = 2 × rank instead, and search the
+  rate again.)
 - q, k and v have an adapter each. One on their stacked matrix, as OpenAI stores it, would be B (3·out, rank) times one
   A (rank, in): q, k and v would have to share the same few directions of x.
 - Trained, (alpha / rank) · B A can be added to W, for good: a *merged* adapter costs nothing.

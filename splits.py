@@ -22,14 +22,17 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicat
     """Samples → {"train": […], "val": […], "test": […]}; test is empty unless the manifest has one.
 
     how: "manifest" takes its split column as it is (with train and test but no val, val is taken from train: by groups
-    if every training image has one, else at random);
-    "group" holds out whole groups; "random" is stratified by class; "auto" is the first of these that the data has.
-    About `fraction` of each class is held out, at least one image, or one group; a class with one group only stays in
-    train. fold: "k/n" holds out part k of n instead: over all k every image is held out once, except those of the
-    only unit of a class, which are always trained on; class counts are evened out, the largest units first. duplicates:
-    lists of images that show the same picture (`images.find_duplicates`). They are kept on one side. Where the manifest
-    has them on several, the later ones of train, val and test are left out. Raises UserError where the labels do not
-    allow training.
+    if every training image has one, else at random); "group" holds out whole groups; "random" is stratified by class;
+    "auto" is the first of these that the data has. About `fraction` of each class is held out, at least one image, or
+    one group; a class with one group only stays in train.
+
+    fold: "k/n" holds out part k of n instead. Over all k every image is held out once, except those of the only unit of
+    a class, which are always trained on. Class counts are evened out, the largest units first.
+
+    duplicates: lists of images that show the same picture (`images.find_duplicates`), which are kept on one side. Where
+    the manifest has them on several, the later ones of train, val and test are left out.
+
+    Raises UserError where the labels do not allow training.
     """
     unlabelled = next((sample for sample in samples if sample.label is None), None)
     if unlabelled:
@@ -210,12 +213,15 @@ def _split_by_fold(samples, unit, seed, fold):
 def make_splits(run, settings, resumed, workers):
     """→ the splits, kept in the run's folder as a manifest, and a text that describes them."""
     kept = run / "split.csv"
-    samples, duplicates = load_dataset(kept if resumed else settings.data), []
-    if not resumed and settings.duplicates == "together":
+    if resumed:
+        samples = load_dataset(kept)
+        splits = split_dataset(samples, "manifest")
+        return splits, describe(splits, samples)
+    samples, duplicates = load_dataset(settings.data), []
+    if settings.duplicates == "together":
         print(f"looking for copies among {len(samples):,} images", flush=True)
         duplicates = find_duplicates([sample.image for sample in samples], workers)
-    how = "manifest" if resumed else settings.split
-    splits = split_dataset(samples, how, settings.seed, fold=None if resumed else settings.fold, duplicates=duplicates)
+    splits = split_dataset(samples, settings.split, settings.seed, fold=settings.fold, duplicates=duplicates)
     run.mkdir(parents=True, exist_ok=True)
     write_split(kept, splits)
     return splits, describe(splits, samples, duplicates)

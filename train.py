@@ -15,8 +15,8 @@ With --resume an interrupted training ends with the same bits as an uninterrupte
 again, whose randomness follows from seed and epoch alone. The learning rate follows from the step's number. The weights
 that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors.
 This is promised on a CPU only, with the same PyTorch and number of threads, as a sum depends on its order: in float32
-(1e8 + 1) − 1e8 is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some of PyTorch's GPU operations, the
-gradient of indexing for one, add in whatever order their threads arrive.
+(1e8 + 1) − 1e8 is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some GPU operations,
+such as the backward of fused attention, may add in whatever order their threads arrive.
 
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
 """

@@ -60,6 +60,11 @@ def test_a_data_set_may_lie_below_a_hidden_folder(tmp_path):
     assert load_dataset(folder) == [Sample(folder / "a/1.png", "a")]
 
 
+def test_a_class_folders_name_loses_its_outer_blanks_as_a_manifests_label_does(tmp_path):
+    touch(tmp_path, "cats /1.png", "dogs/1.png")
+    assert {sample.label for sample in load_dataset(tmp_path)} == {"cats", "dogs"}
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     touch(tmp_path, "b.png", "a.webp", "readme.md")
     assert load_dataset(tmp_path) == [Sample(tmp_path / "a.webp"), Sample(tmp_path / "b.png")]
