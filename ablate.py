@@ -1,119 +1,298 @@
-"""What each part of the method brings on your data: python ablate.py --data path
+"""What each part of the method is worth on your data: python ablate.py --data path
 
-The rows are cumulative, each adds one part to the row above it:
+Three questions, each answered by many trainings:
 
-    zero-shot           the base model as it is: images are compared with the class prompts
-    + LoRA              adapters and the class head, trained by classification alone
-    + multi-level CLS   the CLS tokens of several levels are fused
-    + slerp             embeddings are mixed along great circles
-    + contrastive       the contrastive loss with class prompts and captions: all of the method
+    --parts               What is each part worth alone, added to those before it, and left out? Asked by default.
+    --shots 2,4,8,16      How many training images does each class need?
+    --vary lora-rank=4    What would another setting of train.py give? May be repeated.
 
-Every row is trained with several seeds, which also draw the split: mean ± standard deviation of the held-out figures.
-With --folds n, it is trained once for each of n parts of the data, which are held out in turn (cross-validation).
-All other flags are train.py's. Finished runs are kept in --folder, so that an interrupted ablation goes on.
+The *parts* are LoRA, levels (multi-level CLS fusion), slerp, contrastive (the contrastive loss) and prompts (against
+the bare class name). The *head*, the classifier, is always trained. Alone, it leaves CLIP's towers frozen.
+
+Every training is repeated with several seeds, which also draw the split (--seeds). Or it is done once for each of n
+parts of the data, which are held out in turn (--folds n). Both ways the repeats are *paired*: what makes a split easy
+or hard is the same for all lines of the table, and cancels in their differences. After each figure stands in brackets
+by how much it differs from the line that it is compared with: the mean of the repeats' differences and its 95 %
+confidence interval, mean ± t · s / √n (s: their standard deviation, n: their number, t: Student's). An interval that
+includes zero shows nothing; of many intervals, one in twenty misses the truth by chance.
+
+No round is chosen here: the model after the last step is scored, on the test images if there are any, else on the
+validation images. Finished trainings are kept in --folder, so that an interrupted ablation goes on.
 
 Source: arXiv 2509.00752 for the parts. Where a part does not help on some data, the table says so.
 """
 
 import json
-import statistics
-import subprocess
+import math
 import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from cli import Parser, positive_int
+from cli import Parser, add_machine_flags, find_device, positive_int
+from data import class_names
 from errors import UserError, run_script
+from pictures import curves
+from prompts import class_prompts
+from settings import Settings, add_settings
+from splits import few, load_with_copies, split_dataset, write_split
+from train import train
 
-PARTS = {  # row: what is still switched off
-    "+ LoRA": ["--fusion", "none", "--slerp", "0", "--contrastive", "0"],
-    "+ multi-level CLS": ["--slerp", "0", "--contrastive", "0"],
-    "+ slerp": ["--contrastive", "0"],
-    "+ contrastive": [],
+OFF = {  # part: the settings that switch it off
+    "LoRA": {"lora_rank": 0},
+    "levels": {"fusion": "none"},
+    "slerp": {"slerp": 0.0},
+    "contrastive": {"contrastive": 0.0},
 }
 FIGURES = {  # key in metrics.json: column
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
-    "i2i_recall@1": "image→image R@1",
-    "i2i_mrr": "MRR",
-    "t2i_recall@1": "text→image R@1",
-    "t2i_mrr": "MRR",
-    "t2i_caption_recall@1": "same caption R@1",
-    "t2i_caption_mrr": "MRR",
+    "i2i_mrr": "image→image MRR",
+    "t2i_mrr": "text→image MRR",
+    "t2i_caption_mrr": "same caption MRR",
 }
+# Student's t for a 95 % interval from 2, 3, … 11 repeats; with more, the last one, which is slightly too wide.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def train(run, flags):
-    """Train a run, unless it is there already → its metrics.json."""
-    metrics = run / "metrics.json"
-    if not metrics.exists():
-        if (run / "last.safetensors").exists():
-            flags = ["--resume"]
-        command = [sys.executable, Path(__file__).with_name("train.py"), *flags, "--run", run]
-        result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if result.returncode:
-            raise UserError(result.stderr.strip().splitlines()[-1].removeprefix("error: "))
-    return json.loads(metrics.read_text())
+class Variant(NamedTuple):
+    """A way to train."""
+
+    name: str
+    changes: dict  # of the settings
+    prompts: bool = True  # False: a class's only prompt is its name
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    variant: Variant
+    trained: bool = True  # False: the figures before training
+    against: str | None = None  # the line that it is compared with
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The questions
+
+
+def with_parts(*parts):
+    changes = {key: value for part, off in OFF.items() if part not in parts for key, value in off.items()}
+    return Variant("+".join(part for part in OFF if part in parts) or "head", changes)
+
+
+def rows_of_parts(full):
+    """→ {name: Row}. full: every weight is trained, so there is no LoRA to be switched off."""
+    parts = [part for part in OFF if not (full and part == "LoRA")]
+    everything = with_parts(*parts)
+    nameless = Variant("names", everything.changes, prompts=False)
+    rows = {"zero-shot, class names": Row(nameless, trained=False)}
+    rows["zero-shot, prompts"] = Row(everything, trained=False, against="zero-shot, class names")
+    rows["head"] = Row(with_parts(), against="zero-shot, prompts")
+    rows |= {f"head + {part}": Row(with_parts(part), against="head") for part in parts}
+    for i in range(1, len(parts) - 1):
+        so_far = " + ".join(["head", *parts[:i]])
+        rows[f"{so_far} + {parts[i]}"] = Row(with_parts(*parts[: i + 1]), against=so_far)
+    rows["all"] = Row(everything, against=" + ".join(["head", *parts[:-1]]))
+    rows |= {f"all but {p}": Row(with_parts(*(q for q in parts if q != p)), against="all") for p in parts}
+    return rows | {"all but prompts": Row(nameless, against="all")}
+
+
+def rows_of_shots():
+    """→ {name: Row}, for each number of images."""
+    everything = with_parts(*OFF)
+    rows = {"zero-shot": Row(everything, trained=False), "head": Row(with_parts(), against="zero-shot")}
+    return rows | {"LoRA": Row(with_parts("LoRA"), against="head"), "all": Row(everything, against="LoRA")}
+
+
+def rows_of_settings(texts, parser, settings):
+    """The --vary flags, like "lora-rank=4 lr=1e-3" → {name: Row}."""
+    rows = {"all": Row(with_parts(*OFF))}
+    for text in texts:
+        args = parser.parse_args([*sys.argv[1:], *(f"--{flag}" for flag in text.split())])
+        new, old = asdict(Settings.from_flags(args)), asdict(settings)
+        rows[text] = Row(Variant(text, {key: value for key, value in new.items() if value != old[key]}), against="all")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainings
+
+
+class Trainings:
+    """Variants × repeats, each trained once: what repeats share is prepared once."""
+
+    def __init__(self, settings, repeats, args):
+        """repeats: {name: changes of the settings}."""
+        self.settings, self.repeats, self.args, self.untrained, self.done = settings, repeats, args, {}, 0
+        self.device = find_device(args.device)
+        with redirect_stdout(sys.stderr):  # standard output is the table's
+            self.samples, self.duplicates = load_with_copies(settings, args.workers)
+
+    def run(self, row, shots=None):
+        """→ [metrics of each repeat]. shots: training images of each class; None: all of them."""
+        results = []
+        for repeat, changes in self.repeats.items():
+            name = "-".join([row.variant.name.replace("/", "_"), *([f"{shots}-shots"] if shots else []), repeat])
+            file = self.args.folder / name / "metrics.json"
+            if not file.exists():
+                print(f"training {file.parent}", file=sys.stderr, flush=True)
+                self.train(file.parent, row.variant, replace(self.settings, **changes), shots)
+            metrics = json.loads(file.read_text())
+            results.append(metrics if row.trained else _untrained(metrics))
+        return results
+
+    def train(self, run, variant, settings, shots):
+        splits = split_dataset(
+            self.samples, settings.split, settings.seed, fold=settings.fold, duplicates=self.duplicates
+        )
+        if shots:
+            splits["train"] = few(splits["train"], shots, settings.seed)
+        classes = class_names(splits["train"])
+        prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
+        run.mkdir(parents=True, exist_ok=True)
+        write_split(run / "split.csv", splits)
+        key = settings.seed, settings.fold, variant.prompts  # all that decides the untrained model's figures
+        known = self.untrained.get(key) if settings.weights != "scratch" else None
+        with open(run / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            settings = replace(settings, **variant.changes)
+            metrics = train(run, settings, splits, prompts, self.device, self.args.workers, zero_shot=known, rounds=1)
+        self.untrained[key], self.done = _untrained(metrics), self.done + 1
+
+
+def _untrained(metrics):
+    prefix = "zero_shot_"
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figures
+
+
+def mean_and_interval(values, weights):
+    """→ mean, and half the width of its 95 % interval (None for one value). weights: the images behind each value; a
+    fold's accuracy counts as much as its images, so that the mean is the accuracy over all of them."""
+    weights = [weight / sum(weights) for weight in weights]
+    mean = sum(w * v for w, v in zip(weights, values, strict=True))
+    if len(values) < 2:
+        return mean, None
+    square = sum((w * (v - mean)) ** 2 for w, v in zip(weights, values, strict=True))
+    n = len(values)
+    return mean, STUDENT[min(n, len(STUDENT) + 1) - 2] * math.sqrt(square * n / (n - 1))
 
 
 def summarize(results):
-    """[metrics, …] of the repeats → {figure: {"mean", "spread", "values"}}, of those figures that every repeat has."""
-    summary = {}
-    for key in FIGURES:
-        values = [result.get(key) for result in results]
-        if None not in values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            summary[key] = {"mean": statistics.mean(values), "spread": spread, "values": values}
-    return summary
+    """{row: (its [metrics of each repeat], those of the row that it is compared with, or None)} → {row: {figure:
+    {"mean", "values", and with a comparison "difference", "interval"}}}, of those figures that every repeat has."""
+    rows = {}
+    for name, (own, other) in results.items():
+        weights = [sum(of_class["images"] for of_class in metrics["by_class"].values()) for metrics in own]
+        rows[name] = {}
+        for key in FIGURES:
+            values = [metrics.get(key) for metrics in own]
+            if None in values:
+                continue
+            rows[name][key] = {"mean": mean_and_interval(values, weights)[0], "values": values}
+            if other:
+                differences = [value - metrics[key] for value, metrics in zip(values, other, strict=True)]
+                difference, interval = mean_and_interval(differences, weights)
+                rows[name][key] |= {"difference": difference, "interval": interval}
+    return rows
 
 
-def markdown(rows):
-    """{row: summary} → a Markdown table, without the columns that have no figures."""
+def markdown(rows, first):
+    """{row: summary} → a Markdown table, without the columns that have no figures. first: the first column's heading"""
     keys = [key for key in FIGURES if any(key in row for row in rows.values())]
-    lines = [["", *(FIGURES[key] for key in keys)], ["---"] * (1 + len(keys))]
-    for name, row in rows.items():
-        cells = [f"{row[key]['mean']:.3f} ± {row[key]['spread']:.3f}" if key in row else "–" for key in keys]
-        lines.append([name, *cells])
+    lines = [[first, *(FIGURES[key] for key in keys)], ["---"] * (1 + len(keys))]
+    lines += [[name, *(_cell(row.get(key)) for key in keys)] for name, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def main():
+def _cell(figure):
+    if figure is None:
+        return "–"
+    text = f"{figure['mean']:.3f}"
+    if "difference" in figure:
+        interval = "" if figure["interval"] is None else f" ± {figure['interval']:.3f}"
+        text += f" ({figure['difference']:+.3f}{interval})"
+    return text
+
+
+def draw_shots(summary, numbers, rows):
+    """Accuracy and image→image MRR, if there is one, over the number of training images → SVG."""
+    panels = {}
+    for key in ("accuracy", "i2i_mrr"):
+        if all(key in row for row in summary.values()):
+            panels[FIGURES[key]] = {
+                name: [(n, summary[f"{n} images, {name}"][key]["values"]) for n in numbers] for name in rows
+            }
+    return curves(panels, "training images of each class")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments():
     parser = Parser(__doc__.splitlines()[0])
-    parser.epilog = "All other flags are train.py's, --data and --weights among them, but not --run and --resume."
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="every row is trained once with each of these seeds"
-    )
-    parser.add_argument(
-        "--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn"
-    )
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="where runs and tables are written")
-    args, flags = parser.parse_known_args()
+    add = parser.add_argument_group("ablation").add_argument
+    add("--parts", action="store_true", help="what each part is worth alone, added, and left out")
+    add("--shots", type=numbers, metavar="A,B,…", help="train on so many images of each class; held-out ones stay")
+    add("--vary", action="append", default=[], help="another setting, like lora-rank=4; two at once: 'lr=1e-3 slerp=1'")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="train everything once with each of these seeds")
+    add("--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn")
+    add("--folder", type=Path, default=Path("runs/ablation"), help="where runs and tables are written")
+    add("--prompts", type=Path, help="as in train.py")
+    add_machine_flags(parser)
+    add_settings(parser)
+    args = parser.parse_args()
+    if ((args.parts or args.vary) and args.shots and len(args.shots) > 1) or (args.parts and args.vary):
+        raise UserError("ask one question: --parts or --vary, each with one number of --shots, or several --shots")
+    return parser, args
 
-    args.folder.mkdir(parents=True, exist_ok=True)
-    settings = args.folder / "flags.json"
-    begun = settings.exists() and any(args.folder.glob("*/metrics.json"))
-    if begun and json.loads(settings.read_text()) != flags:
-        raise UserError(f"{args.folder} holds an ablation with other flags; choose another --folder")
-    settings.write_text(json.dumps(flags))
 
-    repeats = {str(seed): ["--seed", str(seed)] for seed in args.seeds}
+def numbers(text):
+    return tuple(positive_int(number) for number in text.split(","))
+
+
+def check_folder(folder, flags):
+    """Refuse to mix the trainings of two ablations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "settings.json"
+    if any(folder.glob("*/metrics.json")) and json.loads(kept.read_text()) != json.loads(json.dumps(flags)):
+        raise UserError(f"{folder} holds an ablation with other flags; choose another --folder")
+    kept.write_text(json.dumps(flags, indent=2))
+
+
+def main():
+    parser, args = parse_arguments()
+    settings = Settings.from_flags(args)
+    check_folder(args.folder, {**asdict(settings), "prompts": str(args.prompts)})
+    if args.vary:
+        question, rows = "vary", rows_of_settings(args.vary, parser, settings)
+    elif args.shots and not args.parts:
+        question, rows = "shots", rows_of_shots()
+    else:
+        question, rows = "parts", rows_of_parts(settings.full)
+    repeats = {str(seed): {"seed": seed} for seed in args.seeds}
     if args.folds:
-        repeats = {f"fold-{k}": ["--fold", f"{k}/{args.folds}"] for k in range(1, args.folds + 1)}
-    results = {name: [] for name in ["zero-shot", *PARTS]}
-    for repeat, its_flags in repeats.items():
-        for name, off in PARTS.items():
-            print(f"{' '.join(its_flags)}: {name}", file=sys.stderr, flush=True)
-            run = args.folder / f"{name.strip('+ ').replace(' ', '-')}-{repeat}"
-            results[name].append(train(run, [*flags, *off, *its_flags]))
-        prefix = "zero_shot_"
-        untrained = {k.removeprefix(prefix): v for k, v in results["+ LoRA"][-1].items() if k.startswith(prefix)}
-        results["zero-shot"].append(untrained)
-    rows = {name: summarize(of_row) for name, of_row in results.items()}
-    table = markdown(rows)
-    (args.folder / "ablation.json").write_text(
-        json.dumps({"repeats": list(repeats), "flags": flags, "rows": rows}, indent=2)
-    )
-    (args.folder / "ablation.md").write_text(table)
+        repeats = {f"fold-{k}": {"fold": f"{k}/{args.folds}"} for k in range(1, args.folds + 1)}
+    trainings, start, lines = Trainings(settings, repeats, args), time.monotonic(), {}
+    for shots in args.shots or (None,):
+        results = {name: trainings.run(row, shots) for name, row in rows.items()}
+        for name, row in rows.items():
+            lines[f"{shots} images, {name}" if shots else name] = results[name], results.get(row.against)
+
+    summary = summarize(lines)
+    table = markdown(summary, f"{len(repeats)} {'folds' if args.folds else 'seeds'}")
+    content = {"settings": asdict(settings), "repeats": list(repeats), "rows": summary}
+    name = f"{question}-{args.shots[0]}" if args.shots and question != "shots" else question
+    (args.folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (args.folder / f"{name}.md").write_text(table, encoding="utf-8")
+    if question == "shots":
+        (args.folder / "shots.svg").write_text(draw_shots(summary, args.shots, rows), encoding="utf-8")
     print(table, end="")
+    print(f"{trainings.done} trainings in {(time.monotonic() - start) / 60:.0f} min", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -100,10 +100,10 @@ def autocast(device):
 
 
 class Progress:
-    """At most one line a second, and the last: progress, images/s and time left; on a terminal, in place."""
+    """At most one line a second: progress, images or steps per second, and time left; on a terminal, in place."""
 
-    def __init__(self, total, file=sys.stdout):
-        self.total, self.file, self.start = total, file, time.monotonic()
+    def __init__(self, total, file=None, unit="images"):
+        self.total, self.file, self.unit, self.start = total, file or sys.stdout, unit, time.monotonic()
         self.last = self.start
 
     def __call__(self, done, text, loss=None):
@@ -115,6 +115,6 @@ class Progress:
         rate = done / (now - self.start)
         left = round((self.total - done) / rate)
         text += "" if loss is None else f"  loss {loss:.3f}"
-        line = f"{text}  {done / self.total:4.0%}  {rate:.1f} images/s  {left // 60}:{left % 60:02} left"
+        line = f"{text}  {done / self.total:4.0%}  {rate:.1f} {self.unit}/s  {left // 60}:{left % 60:02} left"
         tty = self.file.isatty()
         print(f"\r{line}\x1b[K" if tty else line, end="\r" if tty else "\n", file=self.file, flush=True)

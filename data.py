@@ -1,4 +1,4 @@
-"""Data sets: which images there are, what is known of each, and the batches of an epoch.
+"""Data sets: which images there are, what is known of each, and the batches to train on.
 
 A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
@@ -10,6 +10,7 @@ A data set is one of
 """
 
 import csv
+import functools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def load_dataset(path):
     """Folder, manifest or "phantom" → list of Sample, in a fixed order. Raises UserError where there is none."""
     path = default_dataset() if str(path) == "phantom" else Path(path)
     if path.is_dir():
-        samples = [Sample(*row) for row in read_entrep(path)] or _read_folder(path)
+        samples = [Sample(*row, split=split) for *row, split in read_entrep(path)] or _read_folder(path)
     elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
         samples = _read_manifest(path)
     elif path.exists():
@@ -107,15 +108,21 @@ def class_names(samples):
 # Batches to train on
 
 
-def training_batches(samples, prompts, settings, epoch, size, workers):
-    """Yield the epoch's batches, lists of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
+def training_batches(samples, prompts, settings, steps, size, workers):
+    """Yield the batch of each step, a list of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
 
-    All randomness comes from seed, epoch and index, so an epoch is the same whether or not training was interrupted
-    before it, and whatever the number of workers.
+    An *epoch* shows every image once, in an order of its own, in `per_epoch` batches of nearly equal size; the epochs
+    follow one another. All randomness comes from seed, epoch and index, so that a step has the same batch whether or
+    not training was interrupted before it, and whatever the number of workers.
     """
-    naive = settings.flip == "naive"
+    naive, per_epoch = settings.flip == "naive", math.ceil(len(samples) / settings.batch_size)
 
-    def item(index):
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return random.Random(f"{settings.seed} {epoch}").sample(range(len(samples)), len(samples))
+
+    def item(epoch_and_index):
+        epoch, index = epoch_and_index
         rng = random.Random(f"{settings.seed} {epoch} {index}")
         sample = samples[index]
         label, caption = sample.label, sample.caption
@@ -126,13 +133,15 @@ def training_batches(samples, prompts, settings, epoch, size, workers):
         pixels = augment(load_image(sample.image), size, rng, flip)
         return pixels, label, rng.choice(prompts[label]), caption
 
-    order = random.Random(f"{settings.seed} {epoch}").sample(range(len(samples)), len(samples))
-    steps = math.ceil(len(order) / settings.batch_size)
-    yield from prefetch(item, [order[step::steps] for step in range(steps)], workers)  # batches of nearly equal size
+    def batch(step):
+        epoch, part = divmod(step, per_epoch)
+        return [(epoch, index) for index in order(epoch)[part::per_epoch]]
+
+    yield from prefetch(item, map(batch, steps), workers)
 
 
 def main():
-    """Three images of a manifest, and what an epoch makes of them."""
+    """Three images of a manifest, and two epochs of batches made of them."""
     from types import SimpleNamespace
 
     settings = SimpleNamespace(seed=0, batch_size=2, flip="swap")
@@ -146,9 +155,8 @@ def main():
         samples = load_dataset(manifest)
         for sample in samples:
             print(f"{sample.image.name}: {sample.label}, caption {sample.caption!r}")
-        for epoch in (1, 2):
-            for batch in training_batches(samples, prompts, settings, epoch, size=32, workers=0):
-                print(f"epoch {epoch}:", "; ".join(f"{label}, {caption!r}" for _, label, _, caption in batch))
+        for step, batch in enumerate(training_batches(samples, prompts, settings, range(4), size=32, workers=0)):
+            print(f"step {step}:", "; ".join(f"{label}, {caption!r}" for _, label, _, caption in batch))
 
 
 if __name__ == "__main__":

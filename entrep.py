@@ -2,6 +2,7 @@
 
 train/imgs/*.png      train/cls.json  {"a.png": "nose-right", …}   train/t2i.json  {"description": "image.png", …}
 public/images/*.png   public/data.json  [{"Path", "Classification", "Description", "DescriptionEN"}, …]
+test/imgs/*.png       without labels in the challenge; they may be added as a cls.json or data.json
 """
 
 import json
@@ -14,11 +15,12 @@ from prompts import ENTREP_PROMPTS
 
 
 def read_entrep(root):
-    """The ENTRep layout → rows (image file, class name, caption or None), [] if `root` is not one.
+    """The ENTRep layout → rows (image file, class name, caption or None, split or None), else [].
 
     train/cls.json {image: class name or number} with train/t2i.json {description: image} beside it, and
     public/data.json, a list of {"Path", "Classification", "DescriptionEN", "Description"}. Image names are matched
-    without regard to case, at any depth below the JSON file's folder. The test images have no labels and are left out.
+    without regard to case, at any depth below the JSON file's folder. Images without labels are left out. Where those
+    in the folder test have some, their split is test, and that of the others train; else there is no split.
     """
     found = []
     for index in find_files(root, lambda file: file.name in ("cls.json", "data.json")):
@@ -46,8 +48,10 @@ def read_entrep(root):
                 label = names[int(label)]
             if label not in names:
                 raise UserError(f"{index} gives {name} the unknown label {label!r}; known are {', '.join(names)}")
-            found.append((files[name.lower()], label, caption))
-    return found
+            part = "test" if "test" in index.relative_to(root).parts else "train"
+            found.append((files[name.lower()], label, caption, part))
+    tested = any(part == "test" for *_, part in found)
+    return [(file, label, caption, part if tested else None) for file, label, caption, part in found]
 
 
 def main():
@@ -56,8 +60,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder, "challenge"), count=8)
-        for file, label, caption in read_entrep(folder):
-            print(f"{file.relative_to(folder)!s:38} {label:11} {caption}")
+        for file, label, caption, split in read_entrep(folder):
+            print(f"{split:5} {file.relative_to(folder)!s:38} {label:11} {caption}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,26 @@ import torch
 from cli import Parser, add_run_flags, find_device
 from data import load_dataset
 from errors import UserError, run_script
-from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
+from metrics import (
+    accuracy,
+    by_class,
+    classification_intervals,
+    confusion_matrix,
+    first_relevant_ranks,
+    macro_f1,
+    ranks_in_resamples,
+    resample,
+    retrieval_intervals,
+    retrieval_metrics,
+)
 from runs import encode_images, encode_texts, find_run, load_run
 from splits import scored_split, split_dataset, trained_images
 
 
-def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
+def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False):
     """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
-    "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…".
+    "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…"; if asked for,
+    "intervals": {figure: [low, high]} of the first six (metrics.py).
 
     A figure without a query is None: image→image search needs two groups of a class.
     """
@@ -45,6 +57,8 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
     prompts = encode_texts(model, tokenizer, texts, device)
     results |= _search("i2i", images, labels, images, labels, same_group)
     results |= _search("t2i", prompts, torch.tensor(text_labels), images, labels)
+    if intervals:
+        results["intervals"] = _intervals(images, labels, predictions, groups, prompts, torch.tensor(text_labels))
     captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
     if captions:
         # An image without a caption shares none: it is numbered as itself.
@@ -56,7 +70,7 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers):
 
 
 def selection_score(results):
-    """What the best epoch is best in: the mean of the three tasks' figures, as far as the split has them."""
+    """What the best model is best in: the mean of the three tasks' figures, as far as the split has them."""
     values = [results[key] for key in ("macro_f1", "i2i_mrr", "t2i_mrr") if results[key] is not None]
     return sum(values) / len(values)
 
@@ -70,6 +84,19 @@ def _numbers(names):
 def _search(name, queries, query_labels, gallery, gallery_labels, exclude=None):
     ranks = first_relevant_ranks(queries, gallery, query_labels[:, None] == gallery_labels, exclude)
     return {f"{name}_{key}": value for key, value in retrieval_metrics(ranks).items()}
+
+
+def _intervals(images, labels, predictions, groups, prompts, prompt_labels):
+    weights = resample(groups)
+    found = classification_intervals(labels, predictions, int(prompt_labels.max()) + 1, weights)
+    # An image's query keeps its rank however often it is drawn; a prompt's depends on the images that were drawn.
+    relevant, same_group = labels[:, None] == labels, groups[:, None] == groups
+    queries = (relevant & ~same_group).any(1)
+    i2i = first_relevant_ranks(images, images, relevant, same_group).float()
+    t2i = ranks_in_resamples(prompts, images, prompt_labels[:, None] == labels, weights)
+    searches = {"i2i": retrieval_intervals(i2i, weights[:, queries])} if len(i2i) else {}
+    searches["t2i"] = retrieval_intervals(t2i, torch.ones_like(t2i))
+    return found | {f"{name}_{key}": ends for name, figures in searches.items() for key, ends in figures.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,13 +129,24 @@ def table(results):
     lines = [f"{'class':{width}}  images  recall  precision"]
     for name, row in results["by_class"].items():
         lines.append(f"{name:{width}}  {row['images']:6}  {show(row['recall']):>6}  {show(row['precision']):>9}")
-    lines.append(f"accuracy {show(results['accuracy'])}, macro-F1 {show(results['macro_f1'])}")
-    lines += ["", f"{'search':{width}}  {'R@1':>6}  {'R@5':>6}  {'R@10':>6}  {'MRR':>6}"]
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
+        ends = interval_of(results, key)
+        lines.append(f"{name} {show(results[key])}" + (f", 95 % interval {ends}" if ends else ""))
+    known = "intervals" in results
+    heading = f"{'search':{width}}  {'R@1':>6}  {'R@5':>6}  {'R@10':>6}  {'MRR':>6}"
+    lines += ["", heading + "   95 % intervals of R@1 and MRR" * known]
     for key, name in SEARCHES.items():
         if f"{key}_mrr" in results:
             figures = [results[f"{key}_{figure}"] for figure in ("recall@1", "recall@5", "recall@10", "mrr")]
+            ends = [ends for figure in ("recall@1", "mrr") if (ends := interval_of(results, f"{key}_{figure}"))]
             lines.append(f"{name:{width}}  " + "  ".join(f"{show(figure):>6}" for figure in figures))
+            lines[-1] += f"   {', '.join(ends)}" if ends else ""
     return "\n".join(lines)
+
+
+def interval_of(results, key):
+    """→ "0.936–0.982", or nothing where there is no interval."""
+    return "–".join(f"{end:.3f}" for end in results.get("intervals", {}).get(key, []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +187,7 @@ def main():
         name, note = f"{scored_split(splits)} of {metadata.settings.data}", ""
         samples = splits[scored_split(splits)]
     batch_size = args.batch_size or metadata.settings.batch_size
-    results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers)
+    results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers, intervals=True)
     print(f"{run} on the {len(samples):,} images of {name}{note}", file=sys.stderr)
     print(json.dumps(results, indent=2, ensure_ascii=False) if args.json else table(results))
 

@@ -420,7 +420,7 @@ def phantom(i, scope="B", seed=0):
 def write_dataset(folder, count=COUNT, scope="B", seed=0):
     """Write phantoms in the layout of the ENTRep challenge as `data.py` reads it, quirks included.
 
-    Of `count` images every fourth goes to train, the others to public; a tenth as many more are the test part. Raises
+    Of `count` images every fourth goes to train, the others to public; half as many more are the test part. Raises
     UserError where the folder is not empty or cannot be written.
     """
     folder = Path(folder)
@@ -429,7 +429,7 @@ def write_dataset(folder, count=COUNT, scope="B", seed=0):
             raise UserError(f"{folder} is not empty; give a new folder for the phantoms")
         _write_train(folder / "train", range(0, count, 4), scope, seed)
         _write_public(folder / "public", [i for i in range(count) if i % 4], scope, seed)
-        _write_test(folder / "test", range(TEST_START, TEST_START + round(count / 10)), scope, seed)
+        _write_test(folder / "test", range(TEST_START, TEST_START + count // 2), scope, seed)
         (folder / "__MACOSX").mkdir()
         (folder / "__MACOSX/._x.png").write_bytes(b"\0\5\x16\7Mac OS X")  # as archives packed on a Mac have it
     except OSError as problem:
@@ -464,9 +464,7 @@ def _write_public(folder, numbers, scope, seed):
     rows = []
     for name, label, caption in _write_images(folder / "images", "_Image", numbers, scope, seed):
         path = name.lower() if len(rows) % 3 == 0 else name  # ENTRep's own list spells some so
-        vietnamese = ", ".join(VIETNAMESE[phrase] for phrase in caption.split(", "))
-        rows.append({"Path": path, "Classification": label, "Type": SITES[label][0]})
-        rows[-1] |= {"Description": vietnamese, "DescriptionEN": caption}
+        rows.append(_describe(path, label, caption))
     _write_json(folder / "data.json", rows)
 
 
@@ -476,6 +474,13 @@ def _write_test(folder, numbers, scope, seed):
     for task, queries in (("cls", names), ("i2i", names), ("t2i", captions)):
         with open(folder / f"{task}.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([query] for query in queries)
+    _write_json(folder / "data.json", [_describe(*row) for row in rows])  # the challenge keeps these to itself
+
+
+def _describe(path, label, caption):
+    vietnamese = ", ".join(VIETNAMESE[phrase] for phrase in caption.split(", "))
+    row = {"Path": path, "Classification": label, "Type": SITES[label][0]}
+    return row | {"Description": vietnamese, "DescriptionEN": caption}
 
 
 DEFAULT = Path(__file__).parent / "phantoms"
@@ -484,7 +489,8 @@ DEFAULT = Path(__file__).parent / "phantoms"
 def default_dataset():
     """The folder of the data set that `--data phantom` means, drawn at the first use: scope B."""
     if not DEFAULT.exists():
-        print(f"drawing {COUNT:,} ENT phantoms into {DEFAULT}, once", file=sys.stderr, flush=True)
+        drawn = f"{COUNT:,} ENT phantoms, and {COUNT // 2} to test on,"
+        print(f"drawing {drawn} into {DEFAULT}, once", file=sys.stderr, flush=True)
         unfinished = DEFAULT.with_suffix(".tmp")  # an interruption must not leave half a data set
         shutil.rmtree(unfinished, ignore_errors=True)
         write_dataset(unfinished)
@@ -507,7 +513,7 @@ def main():
         raise UserError("--count should be 1 or more, and --seed 0 or more")
     if args.folder:
         write_dataset(args.folder, args.count, args.scope, args.seed)
-        print(f"{args.count} phantoms of scope {args.scope} in {args.folder}, and {round(args.count / 10)} to test on")
+        print(f"{args.count} phantoms of scope {args.scope} in {args.folder}, and {args.count // 2} to test on")
         return
     for number, label in enumerate(CLASSES):
         captions = [phantom(i, args.scope, args.seed)[2] for i in (number, number + len(CLASSES))]

@@ -1,8 +1,10 @@
-"""Pictures of results: a contact sheet of what was found."""
+"""Pictures of results: a contact sheet of what was found, and curves."""
 
 import colorsys
+import math
 import re
 import zlib
+from html import escape
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -77,3 +79,53 @@ def contact_sheet(results, text, image):
         words = fit(draw, result["caption"] or name, font(15), TILE - 20, lines=2)
         draw.text((x + 10, y + TILE + 40), words, colour, font(15))
     return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+COLOURS = ("#888888", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind people, too
+
+
+def curves(panels, x_label, width=400, height=300):
+    """{title: {series: [(x > 0, [value of each repeat]), …]}} → SVG: a panel for each title, side by side, x growing by
+    factors. A line joins the means; a bar goes from the least to the greatest value."""
+    left, right, top, bottom = 48, 16, 34, 74
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels)} {height}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    ]
+
+    def text(x, y, words, anchor="middle", more=""):
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>')
+
+    for number, (title, series) in enumerate(panels.items()):
+        xs = sorted({x for points in series.values() for x, _ in points})
+        values = [value for points in series.values() for _, of_x in points for value in of_x]
+        low = math.floor(10 * min(values)) / 10
+        high = max(math.ceil(10 * max(values)) / 10, low + 0.1)
+        span = math.log(xs[-1] / xs[0]) or 1
+
+        def at(x, y, offset=number * width, first=xs[0], span=span, low=low, high=high):
+            across = (width - left - right) * math.log(x / first) / span
+            return offset + left + across, top + (height - top - bottom) * (high - y) / (high - low)
+
+        text(number * width + width / 2, 20, title, more='font-weight="bold"')
+        for step in range(round(10 * low), round(10 * high) + 1):
+            (x1, y), (x2, _) = at(xs[0], step / 10), at(xs[-1], step / 10)
+            parts.append(f'<path d="M{x1:.1f} {y:.1f}H{x2:.1f}" stroke="#dddddd"/>')
+            text(x1 - 8, y + 4, f"{step / 10:.1f}", "end")
+        for x in xs:
+            text(at(x, low)[0], height - bottom + 18, str(x))
+        text(number * width + width / 2, height - bottom + 36, x_label)
+        for i, (name, points) in enumerate(series.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            means = " ".join("{:.1f},{:.1f}".format(*at(x, sum(of_x) / len(of_x))) for x, of_x in points)
+            parts.append(f'<polyline points="{means}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            for x, of_x in points:
+                (place, best), (_, worst) = at(x, max(of_x)), at(x, min(of_x))
+                place += 2 * (i - (len(series) - 1) / 2)  # side by side where they would hide each other
+                parts.append(f'<path d="M{place:.1f} {best:.1f}V{worst:.1f}" stroke="{colour}" stroke-width="1.5"/>')
+            x = number * width + left + (width - left - right) * (i + 0.5) / len(series)
+            text(x, height - 14, name, more=f'fill="{colour}" font-weight="bold"')
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -3,8 +3,8 @@
     runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
                                       settings, classes, prompts and base model as JSON in the file's metadata
     runs/<name>/last.safetensors      all that resuming needs (train.py)
-    runs/<name>/metrics.jsonl         the held-out figures after each epoch, a line each (train.py)
-    runs/<name>/metrics.json          the figures of the best epoch, and of the untrained model (train.py)
+    runs/<name>/metrics.jsonl         the held-out figures after each tenth of the steps, a line each (train.py)
+    runs/<name>/metrics.json          the figures of the best model, and of the untrained one (train.py)
     runs/<name>/split.csv             which image was trained on, and which held out: a manifest (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
     runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
@@ -12,6 +12,7 @@
 Everything is safetensors and JSON: reading a file from elsewhere can't run code.
 """
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +24,7 @@ import torch
 
 from checkpoint import fingerprint, load_base, read_safetensors
 from cli import Progress, autocast
+from data import class_names
 from errors import UserError
 from fusion import FusedCLIP
 from images import load_image, mirror_text, normalize, prefetch, resize_and_crop
@@ -137,10 +139,10 @@ class State:
     """Where a training stands. Kept with the optimizer's tensors in last.safetensors."""
 
     zero_shot: dict  # the untrained model's figures
-    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps
     seconds: float = 0.0  # spent on them, evaluation included
     best_score: float = -1.0
-    best: dict = field(default_factory=dict)  # the best epoch's figures
+    best_step: int = 0
     scaler: dict = field(default_factory=dict)  # GradScaler's
 
 
@@ -176,6 +178,24 @@ def resumed_run(run):
     except (KeyError, TypeError):
         raise UserError(f"{file} is of another version; train again") from None
     return run, saved.metadata.settings, saved
+
+
+def resume(run, saved, samples, metadata, model, optimization, device):
+    """Set model and optimizer back to where the run was interrupted → State."""
+    if metadata.classes != class_names(samples):
+        raise UserError(f"{metadata.settings.data} has other classes than when {run} was begun; train a new run")
+    if metadata.base != saved.metadata.base:
+        raise UserError(f"{metadata.settings.weights} has other weights than when {run} was begun; train a new run")
+    prefix = "model."
+    trained = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+    load_trained(model, trained, run / "last.safetensors")
+    optimization.restore(saved.tensors, device)
+    optimization.scaler.load_state_dict(saved.state.scaler)
+    log = run / "metrics.jsonl"
+    lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= saved.state.step]
+    log.write_text("".join(f"{line}\n" for line in lines))
+    print(f"resuming after step {saved.state.step}", flush=True)
+    return saved.state
 
 
 def load_run(run, device, weights=None, merge=True):

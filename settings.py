@@ -13,9 +13,9 @@ from errors import UserError
 from fusion import MODES
 from lora import PROJECTIONS, TOWERS
 
-# Peak learning rate and epochs by what is trained: adapters on good features, all of a good model, all of a new one;
+# Peak learning rate and steps by what is trained: adapters on good features, all of a good model, all of a new one;
 # adapters of the small model (weights/phantom) on phantoms.
-DEFAULTS = {"adapters": (5e-4, 20), "full": (1e-5, 20), "scratch": (1e-3, 120), "phantom": (2e-3, 7)}
+DEFAULTS = {"adapters": (5e-4, 400), "full": (1e-5, 400), "scratch": (1e-3, 1000), "phantom": (2e-3, 200)}
 
 
 def setting(kind, help, default=MISSING, low=-math.inf, high=math.inf, choices=None, listed=False):
@@ -53,8 +53,10 @@ class Settings:
     )
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
     batch_size: int = setting(int, "images in a step", 32, low=1)
-    epochs: int = setting(
-        int, "times that each image is seen; default: 20, from scratch 120, weights/phantom on phantoms 7", low=1
+    steps: int = setting(
+        int,
+        "batches to train on, however many images there are; default: 400, from scratch 1000, on phantoms 200",
+        low=1,
     )
     lr: float = setting(
         float,
@@ -72,7 +74,7 @@ class Settings:
     )
 
     # From here on the method; `add_settings` puts these flags in a group of their own.
-    fusion: str = setting(str, "how levels are fused, see fusion.py", "gate", choices=(*MODES, "none"))
+    fusion: str = setting(str, "how levels are fused, see fusion.py", "concat", choices=(*MODES, "none"))
     levels: tuple[int, ...] | None = setting(
         int, "blocks whose CLS tokens are fused; default: those at the quarters of the depth", None, low=1, listed=True
     )
@@ -107,12 +109,12 @@ class Settings:
         weights = args.weights or ("phantom" if data == "phantom" else "clip-vit-b-16")
         scratch, full = weights == "scratch", args.full or weights == "scratch"
         small = data == weights == "phantom"
-        lr, epochs = DEFAULTS["scratch" if scratch else "full" if full else "phantom" if small else "adapters"]
+        lr, steps = DEFAULTS["scratch" if scratch else "full" if full else "phantom" if small else "adapters"]
         if not scratch and base_folder(weights) == Path(weights):  # a path, not a name
             weights = str(Path(weights).resolve())
         given |= {"data": data, "weights": weights, "full": full}
         given |= {"lr": lr} if args.lr is None else {}
-        given |= {"epochs": epochs} if args.epochs is None else {}
+        given |= {"steps": steps} if args.steps is None else {}
         return cls(**given)
 
 

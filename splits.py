@@ -96,6 +96,7 @@ def describe(splits, samples, duplicates=()):
 def write_split(file, splits):
     """Keep a split as a manifest, which `load_dataset` reads."""
     rows = [[s.image.resolve(), s.label, s.caption, s.group, name] for name, part in splits.items() for s in part]
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(file, "w", encoding="utf-8", newline="") as lines:
             csv.writer(lines).writerows([["image", "label", "caption", "group", "split"], *rows])
@@ -210,6 +211,24 @@ def _split_by_fold(samples, unit, seed, fold):
     return _divide(samples, unit, set(folds[part - 1]))
 
 
+def few(samples, shots, seed):
+    """→ `shots` random images of each class, or as many as there are. Those of fewer shots are among those of more."""
+    chosen = set()
+    for members in _by_label(samples).values():
+        images = sorted({sample.image for sample in members})
+        chosen.update(random.Random(seed).sample(images, len(images))[:shots])
+    return [sample for sample in samples if sample.image in chosen]
+
+
+def load_with_copies(settings, workers):
+    """→ the samples of --data, and lists of images that show the same picture."""
+    samples, duplicates = load_dataset(settings.data), []
+    if settings.duplicates == "together":
+        print(f"looking for copies among {len(samples):,} images", flush=True)
+        duplicates = find_duplicates([sample.image for sample in samples], workers)
+    return samples, duplicates
+
+
 def make_splits(run, settings, resumed, workers):
     """→ the splits, kept in the run's folder as a manifest, and a text that describes them."""
     kept = run / "split.csv"
@@ -217,12 +236,8 @@ def make_splits(run, settings, resumed, workers):
         samples = load_dataset(kept)
         splits = split_dataset(samples, "manifest")
         return splits, describe(splits, samples)
-    samples, duplicates = load_dataset(settings.data), []
-    if settings.duplicates == "together":
-        print(f"looking for copies among {len(samples):,} images", flush=True)
-        duplicates = find_duplicates([sample.image for sample in samples], workers)
+    samples, duplicates = load_with_copies(settings, workers)
     splits = split_dataset(samples, settings.split, settings.seed, fold=settings.fold, duplicates=duplicates)
-    run.mkdir(parents=True, exist_ok=True)
     write_split(kept, splits)
     return splits, describe(splits, samples, duplicates)
 

@@ -8,11 +8,15 @@ Multi-level CLS fusion and low-rank adapters are trained by classification and c
     loss = cross-entropy(z', class) + λ · mean of  contrastive(z', prompts of the classes)
                                                    contrastive(z, captions), where there are captions
 
-After each epoch the held-out images are classified and searched (evaluate.py). The best epoch, by the mean of macro-F1,
-image→image MRR and text→image MRR on the validation images, is kept in the run's folder (runs.py).
+A *step* is an update of the weights by one batch. After each tenth of the steps, a *round*, the held-out images are
+classified and searched (evaluate.py). The best model, by the mean of macro-F1, image→image MRR and text→image MRR on
+the validation images, is kept in the run's folder (runs.py).
 
-With --resume an interrupted training ends with the same bits as an uninterrupted one. It begins the interrupted epoch
-again, whose randomness follows from seed and epoch alone. The learning rate follows from the step's number. The weights
+Steps are counted, not epochs, which show every image once: ten epochs of a hundred images are a tenth of the updates
+that ten epochs of a thousand are, and what is to be learned takes about as many in either case.
+
+With --resume an interrupted training ends with the same bits as an uninterrupted one. It begins the interrupted round
+again, whose randomness follows from seed and step alone. The learning rate follows from the step's number. The weights
 that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors.
 This is promised on a CPU only, with the same PyTorch and number of threads, as a sum depends on its order: in float32
 (1e8 + 1) − 1e8 is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some GPU operations,
@@ -40,15 +44,18 @@ from fusion import slerp_mix
 from images import normalize
 from kernels import contrastive_loss
 from prompts import class_prompts
-from runs import State, load_trained, new_model, new_run, resumed_run, trained_parameters
+from runs import State, load_trained, new_model, new_run, resume, resumed_run, trained_parameters
 from settings import add_settings
 from splits import make_splits, scored_split
+
+ROUNDS = 10  # of a training
 
 
 def parse_arguments():
     parser = Parser(__doc__.splitlines()[0])
-    run_help = "folder to train into, by default a new one in runs/; with --resume the newest there"
-    parser.add_argument("--run", type=Path, help=run_help)
+    parser.add_argument(
+        "--run", type=Path, help="folder to train into; default: a new one in runs/, or the last to resume"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; its settings are kept")
     parser.add_argument("--prompts", type=Path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
     add_machine_flags(parser)
@@ -100,17 +107,14 @@ class Optimization:
     it raises it now and then. Where the towers use another type, all this does nothing.
     """
 
-    def __init__(self, model, settings, images, device):
-        """images: how many there are in an epoch."""
+    def __init__(self, model, settings, device):
         self.parameters = trained_parameters(model)
-        matrices = [p for p in self.parameters.values() if p.dim() >= 2]  # gates and class vectors are among them
+        matrices = [p for p in self.parameters.values() if p.dim() >= 2]  # the class vectors are among them
         others = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
-        self.peak = settings.lr
-        self.steps_per_epoch = math.ceil(images / settings.batch_size)
-        self.total = settings.epochs * self.steps_per_epoch
+        self.peak, self.total = settings.lr, settings.steps
         self.warmup = max(1, round(settings.warmup * self.total))
 
     def step(self, loss, number):
@@ -140,22 +144,21 @@ class Optimization:
             self.adamw.state[p] = {key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device) for key in keys}
 
 
-def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device, workers):
-    """One pass over the training images → mean loss."""
-    # Dropout and slerp: every epoch on its own. The factor keeps the epochs of one seed apart from those of another.
-    torch.manual_seed(1_000_003 * metadata.settings.seed + epoch)
+def train_round(model, tokenizer, samples, metadata, steps, optimization, device, workers):
+    """The updates of a range of steps → mean loss."""
+    # Dropout and slerp: every round on its own. The factor keeps the rounds of one seed apart from those of another.
+    torch.manual_seed(1_000_003 * metadata.settings.seed + steps.start)
     model.train()
-    progress, seen, total_loss = Progress(len(samples)), 0, 0.0
-    size = model.clip.config.image_size
-    batches = training_batches(samples, metadata.prompts, metadata.settings, epoch, size, workers)
-    for step, items in enumerate(batches, start=(epoch - 1) * optimization.steps_per_epoch):
+    progress, total_loss, size = Progress(len(steps), unit="steps"), 0.0, model.clip.config.image_size
+    batches = training_batches(samples, metadata.prompts, metadata.settings, steps, size, workers)
+    for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
         loss = joint_loss(model, tokenizer, items, metadata, device)
         optimization.step(loss, step)
-        seen, total_loss = seen + len(items), total_loss + loss.detach() * len(items)
-        progress(seen, f"epoch {epoch}/{metadata.settings.epochs}", loss.detach())
-    mean_loss = float(total_loss / seen)
+        total_loss = total_loss + loss.detach()
+        progress(done, f"to step {steps.stop} of {metadata.settings.steps}", loss.detach())
+    mean_loss = float(total_loss / len(steps))
     if not math.isfinite(mean_loss):
-        raise UserError(f"the loss is {mean_loss} in epoch {epoch}; train again with a smaller --lr")
+        raise UserError(f"the loss is {mean_loss} by step {steps.stop}; train again with a smaller --lr")
     return mean_loss
 
 
@@ -163,86 +166,74 @@ def train_epoch(model, tokenizer, samples, metadata, epoch, optimization, device
 # A training
 
 
-def begin(run, split, zero_shot):
-    """A new training, after the untrained model's figures on a split → State."""
-    (run / "metrics.jsonl").write_text("")
-    print(f"untrained, on {split}:  {summary(zero_shot)}", flush=True)
-    return State(zero_shot)
-
-
-def resume(run, saved, metadata, classes, model, optimization, device):
-    """Set model and optimizer back to where the run was interrupted → State."""
-    if classes != saved.metadata.classes:
-        raise UserError(f"{metadata.settings.data} has other classes than when {run} was begun; train a new run")
-    if metadata.base != saved.metadata.base:
-        raise UserError(f"{metadata.settings.weights} has other weights than when {run} was begun; train a new run")
-    prefix = "model."
-    trained = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
-    load_trained(model, trained, run / "last.safetensors")
-    optimization.restore(saved.tensors, device)
-    optimization.scaler.load_state_dict(saved.state.scaler)
-    log = run / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[: saved.state.epoch]))
-    print(f"resuming after epoch {saved.state.epoch}", flush=True)
-    return saved.state
-
-
 def keep(run, metadata, state, optimization, loss, results):
-    """After an epoch: its line in the log, the model if it is the best so far, and all that resuming needs."""
-    print(f"epoch {state.epoch:2}/{metadata.settings.epochs}  loss {loss:.3f}  {summary(results)}", flush=True)
+    """After a round: its line in the log, the model if it is the best so far, and all that resuming needs."""
+    print(f"step {state.step:4}/{metadata.settings.steps}  loss {loss:.3f}  {summary(results)}", flush=True)
     with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"epoch": state.epoch, "loss": loss, **results}) + "\n")
+        file.write(json.dumps({"step": state.step, "loss": loss, **results}) + "\n")
     if selection_score(results) >= state.best_score:
-        state.best_score, state.best = selection_score(results), {"epoch": state.epoch, **results}
+        state.best_score, state.best_step = selection_score(results), state.step
         write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
     state.scaler = optimization.scaler.state_dict()
     write_safetensors(run / "last.safetensors", optimization.tensors(), {**asdict(metadata), "state": asdict(state)})
 
 
 def finish(run, state, split, results):
-    """The figures of the best epoch, on the split that counts: kept and shown."""
+    """The figures of the best model, on the split that counts → metrics, kept and shown."""
     untrained = {f"zero_shot_{key}": value for key, value in state.zero_shot.items()}
-    metrics = {"split": split, **state.best, **results, **untrained, "train_seconds": round(state.seconds, 1)}
+    metrics = {
+        "split": split,
+        "step": state.best_step,
+        **results,
+        **untrained,
+        "train_seconds": round(state.seconds, 1),
+    }
     (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    print(f"best epoch {metrics['epoch']}, on {split}:\n{table(metrics)}")
-    print(f"{state.seconds:.0f} s of training; the model is in {run}")
+    print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
+    print(f"{state.seconds:.0f} s of training; the model is in {run}", flush=True)
+    return metrics
+
+
+def train(run, settings, splits, prompts, device, workers, saved=None, rounds=ROUNDS, zero_shot=None):
+    """Train a model into the run's folder, or go on with what was Saved there → its metrics. zero_shot: the untrained
+    model's, if they are known."""
+    scored = scored_split(splits)
+    model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
+    model.to(device)
+    optimization = Optimization(model, settings, device)
+    trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
+    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
+
+    def figures(split, **more):
+        return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, workers, **more)
+
+    if saved:
+        state = resume(run, saved, splits["train"], metadata, model, optimization, device)
+    else:
+        (run / "metrics.jsonl").write_text("")
+        state = State(zero_shot or figures(scored))
+        print(f"untrained, on {scored}:  {summary(state.zero_shot)}", flush=True)
+    ends = {math.ceil(settings.steps * part / rounds) for part in range(1, rounds + 1)}
+    for end in sorted(end for end in ends if end > state.step):
+        start, steps = time.monotonic(), range(state.step, end)
+        loss = train_round(model, tokenizer, splits["train"], metadata, steps, optimization, device, workers)
+        results = figures("val")
+        state.step, state.seconds = end, state.seconds + time.monotonic() - start
+        keep(run, metadata, state, optimization, loss, results)
+
+    # The best round was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
+    load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
+    return finish(run, state, scored, figures(scored, intervals=True))
 
 
 def main():
     args = parse_arguments()
     device = find_device(args.device)
     run, settings, saved = resumed_run(args.run) if args.resume else new_run(args)
-
     splits, overview = make_splits(run, settings, resumed=bool(saved), workers=args.workers)
-    classes, scored = class_names(splits["train"]), scored_split(splits)
-    prompts = saved.metadata.prompts if saved else class_prompts(classes, args.prompts)
-    model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
-    model.to(device)
-    optimization = Optimization(model, settings, len(splits["train"]), device)
-    trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
     print(overview)
-    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
-
-    def figures(split):
-        return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, args.workers)
-
-    if saved:
-        state = resume(run, saved, metadata, classes, model, optimization, device)
-    else:
-        state = begin(run, scored, figures(scored))
-    for epoch in range(state.epoch + 1, settings.epochs + 1):
-        start = time.monotonic()
-        loss = train_epoch(model, tokenizer, splits["train"], metadata, epoch, optimization, device, args.workers)
-        results = figures("val")
-        state.epoch, state.seconds = epoch, state.seconds + time.monotonic() - start
-        keep(run, metadata, state, optimization, loss, results)
-
-    # The best epoch was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
-    results = {}
-    if scored == "test":
-        load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
-        results = figures("test")
-    finish(run, state, scored, results)
+    prompts = saved.metadata.prompts if saved else class_prompts(class_names(splits["train"]), args.prompts)
+    train(run, settings, splits, prompts, device, args.workers, saved)
 
 
 if __name__ == "__main__":

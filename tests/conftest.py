@@ -144,7 +144,7 @@ def script(monkeypatch, tmp_path, capsys):
 def trained(pictures, base, tmp_path_factory):
     """A run of adapters on the small base model."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    arguments = ["train.py", "--data", pictures / "manifest.csv", "--weights", base, "--run", run, "--epochs", 3]
+    arguments = ["train.py", "--data", pictures / "manifest.csv", "--weights", base, "--run", run, "--steps", 3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, arguments), "--lr", "3e-3", "--device", "cpu"])
         train.main()

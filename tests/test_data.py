@@ -206,13 +206,33 @@ def test_the_larynx_images_are_read_from_folder_and_manifest():
 # Batches to train on
 
 
+def test_every_epoch_shows_each_image_once_and_a_step_has_its_batch_wherever_one_begins(pictures):
+    samples = load_dataset(pictures / "manifest.csv")
+    samples = [Sample(s.image, label=f"{i}", caption=None) for i, s in enumerate(samples)]
+    prompts = {sample.label: ["a prompt", "another"] for sample in samples}
+    settings = SimpleNamespace(seed=0, batch_size=4, flip="none")
+
+    def batches(steps):
+        found = training_batches(samples, prompts, settings, steps, 32, 2)
+        return [[(pixels.tobytes(), label, prompt) for pixels, label, prompt, _ in batch] for batch in found]
+
+    whole = batches(range(12))  # two epochs of five batches, and two batches
+    assert [len(batch) for batch in whole[:5]] == [4, 4, 4, 3, 3]
+    epochs = [[label for batch in part for _, label, _ in batch] for part in (whole[:5], whole[5:10])]
+    assert epochs[0] != epochs[1]
+    assert all(sorted(labels) == sorted(sample.label for sample in samples) for labels in epochs)
+    assert batches(range(7, 11)) == whole[7:11]
+
+
 def test_flips_swap_sides_or_do_not_happen(pictures):
     samples = load_dataset(pictures / "manifest.csv")
     prompts = {name: [f"prompt {name}"] for name in SHAPES}
     settings = SimpleNamespace(seed=0, batch_size=4, flip="swap")
 
     def items_of(samples, prompts, epoch=0):
-        return [item for batch in training_batches(samples, prompts, settings, epoch, 32, 0) for item in batch]
+        per_epoch = -(-len(samples) // settings.batch_size)
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        return [item for batch in training_batches(samples, prompts, settings, steps, 32, 0) for item in batch]
 
     items = [item for epoch in range(3) for item in items_of(samples, prompts, epoch)]
     assert len(items) == 3 * len(samples)

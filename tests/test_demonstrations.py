@@ -29,7 +29,7 @@ def test_the_figure_is_drawn(tmp_path):
         ("model.py", "CLIP ViT-B/16 has 149,620,737 parameters"),
         ("tokenizer.py", "merges learned"),
         ("lora.py", "983,040 trainable parameters"),
-        ("fusion.py", "mean size of the gates"),
+        ("fusion.py", "concat, block 8 only"),
         ("prompts.py", "vocal fold polyp"),
         ("metrics.py", "macro-F1"),
         ("checkpoint.py", "vision_model.encoder.layers.0.self_attn.q_proj.weight"),
@@ -81,7 +81,7 @@ def test_every_flag_says_what_it_does_and_does_something(name, monkeypatch):
         monkeypatch.setattr(argparse.ArgumentParser, method, catch)
     with pytest.raises(Caught) as caught:
         module.main()
-    settings = {field.name for field in dataclasses.fields(Settings)} if name == "train" else set()
+    settings = {field.name for field in dataclasses.fields(Settings)} if name in ("train", "ablate") else set()
     for action in caught.value.args[0]._actions:
         assert action.help, action.dest
         used = f"args.{action.dest}" in inspect.getsource(module)
@@ -99,5 +99,5 @@ def test_the_help_of_train_names_every_default():
     text = " ".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
     for default in ("seed", "lora-dropout", "slerp", "batch-size"):
         assert "(default: " in text.split(f"--{default} ")[-1].split(" --")[0], default
-    for part in ("scratch (a new small model)", "phantoms 7", "2e-3 on phantoms", "q,k,v,out"):
+    for part in ("scratch (a new small model)", "on phantoms 200", "2e-3 on phantoms", "q,k,v,out"):
         assert part in text

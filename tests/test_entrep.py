@@ -39,6 +39,12 @@ def test_entrep_is_read_with_its_quirks(tmp_path):
     ]
 
 
+def test_labels_of_the_test_part_make_a_test_split(tmp_path):
+    (entrep(tmp_path) / "test/cls.json").write_text(json.dumps({"t.png": "throat"}))
+    splits = {sample.image.name: sample.split for sample in load_dataset(tmp_path)}
+    assert splits == {"_Image07.png": "train", "a.png": "train", "B.png": "train", "t.png": "test"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

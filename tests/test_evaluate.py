@@ -53,7 +53,7 @@ def test_a_runs_own_held_out_images_give_exactly_its_metrics(script, trained):
     figures, metrics = json.loads(out), json.loads((trained / "metrics.json").read_text())
     assert {key: metrics[key] for key in figures} == figures
     rest = {key for key in metrics if not key.startswith("zero_shot_")} - figures.keys()
-    assert rest == {"split", "epoch", "train_seconds"}
+    assert rest == {"split", "step", "train_seconds"}
 
 
 def test_the_table_shows_every_class_and_search(script, trained):
@@ -67,7 +67,9 @@ def test_the_table_shows_every_class_and_search(script, trained):
         shown = ["–" if row[key] is None else f"{row[key]:.3f}" for key in ("recall", "precision")]
         assert rows[name] == [str(row["images"]), *shown]
     assert rows["text→image, same caption"][-1] == f"{figures['t2i_caption_mrr']:.3f}"
-    assert f"accuracy {figures['accuracy']:.3f}" in out
+    assert f"accuracy {figures['accuracy']:.3f}, 95 % interval" in out
+    for key, (low, high) in figures["intervals"].items():
+        assert low <= figures[key] <= high, key
 
 
 def test_other_labelled_images_are_all_evaluated(script, trained, pictures):

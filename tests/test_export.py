@@ -11,7 +11,7 @@ from weights import export
 
 
 def test_an_exported_run_is_a_base_model(script, pictures, base, tmp_path, trained):
-    arguments = ["--data", pictures / "images", "--weights", base, "--epochs", 1, "--lr", 1e-2]
+    arguments = ["--data", pictures / "images", "--weights", base, "--steps", 1, "--lr", 1e-2]
     for run, extra in (("lora", ["--fusion", "none"]), ("full", ["--fusion", "none", "--full"])):
         assert script(train, *arguments, *extra, "--run", tmp_path / run)[0] == 0
         status, out, err = script(export, tmp_path / run, tmp_path / f"{run}-base")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checkpoint import load_clip
 from fusion import MODES, FusedCLIP, MultiLevelFusion, default_levels, slerp_mix
 
-ZERO_START = {"gate": "gates", "slerp": "fractions", "concat": "mix.weight"}
+ZERO_START = {"slerp": "fractions", "concat": "mix.weight"}
 
 
 def gap(ours, theirs):
@@ -31,7 +31,7 @@ def random_tokens(config, prompts):
     return tokens
 
 
-def fused_clip(reference, mode="gate", levels=None, num_classes=4):
+def fused_clip(reference, mode="concat", levels=None, num_classes=4):
     return FusedCLIP(load_clip(reference.folder), num_classes, mode, levels)
 
 
@@ -43,12 +43,8 @@ def formula(mode, levels, cls, projection, new):
         x = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
         normed.append(x * new[f"norms.{i}.weight"] + new[f"norms.{i}.bias"])
     *earlier, last = (x @ projection.T for x in normed)
-    if mode == "gate":
-        return last + sum(gate * e for gate, e in zip(new["gates"], earlier, strict=True))
     if mode == "concat":
         return last + torch.cat(normed[:-1], dim=1) @ new["mix.weight"].T
-    if mode == "mean":
-        return sum(unit(e) for e in [*earlier, last]) / len(levels)
     if mode == "slerp":
         a = unit(last)
         for t, e in zip(new["fractions"], earlier, strict=True):
@@ -62,7 +58,7 @@ def formula(mode, levels, cls, projection, new):
 # Fusion
 
 
-@pytest.mark.parametrize("mode", ["gate", "concat", "none", "slerp"])
+@pytest.mark.parametrize("mode", ["concat", "none", "slerp"])
 @torch.no_grad()
 def test_untrained_fusion_is_clip(small, mode):
     model, pixels = fused_clip(small, mode), random_pixels(small.config)
@@ -78,8 +74,7 @@ def test_untrained_fusion_is_clip_at_full_size(vit_b16):
     visual = load_clip(vit_b16.folder).visual
     cls = visual(random_pixels(vit_b16.config, batch=2))
     own = visual.project(cls[:, -1])
-    for mode in ("gate", "concat"):
-        assert torch.equal(MultiLevelFusion(visual, (3, 6, 9, 12), mode)(cls, visual.proj), own)
+    assert torch.equal(MultiLevelFusion(visual, (3, 6, 9, 12), "concat")(cls, visual.proj), own)
     assert (MultiLevelFusion(visual, (3, 6, 9, 12), "slerp")(cls, visual.proj) - unit(own)).abs().max() < 1e-6
 
 
@@ -124,7 +119,7 @@ def test_default_levels_are_the_quarters_of_the_depth(layers, levels):
 
 
 def test_an_unknown_mode_is_refused(small):
-    with pytest.raises(ValueError, match=r"'max'.*gate, slerp, concat, mean"):
+    with pytest.raises(ValueError, match=r"'max'.*concat, slerp"):
         fused_clip(small, "max")
 
 

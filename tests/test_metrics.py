@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 from torch.nn.functional import normalize, one_hot
 
-from metrics import accuracy, by_class, confusion_matrix, first_relevant_ranks, macro_f1, retrieval_metrics
+from metrics import (
+    accuracy,
+    by_class,
+    classification_intervals,
+    confusion_matrix,
+    first_relevant_ranks,
+    interval,
+    macro_f1,
+    ranks_in_resamples,
+    resample,
+    retrieval_intervals,
+    retrieval_metrics,
+)
 
 examples = settings(deadline=None, max_examples=100, derandomize=True)
 pytestmark = pytest.mark.filterwarnings("ignore:A single label was found")  # scikit-learn, of one class
@@ -179,3 +191,61 @@ def test_mrr_with_one_relevant_item_each_is_scikit_learns_label_ranking_precisio
     ranks = first_relevant_ranks(queries, gallery, relevant)
     expected = sklearn_metrics.label_ranking_average_precision_score(relevant.numpy(), (queries @ gallery.T).numpy())
     assert retrieval_metrics(ranks)["mrr"] == pytest.approx(expected, rel=1e-6)
+
+
+# --- the bootstrap ---------------------------------------------------------------------------------------------------
+
+
+def test_whole_groups_are_drawn_as_many_as_there_are():
+    groups = torch.tensor([0, 0, 1, 2, 2, 2])
+    weights = resample(groups, times=2000)
+    assert torch.equal(weights[:, 0], weights[:, 1]) and torch.equal(weights[:, 3], weights[:, 5])
+    drawn = weights[:, [0, 2, 3]]
+    assert (drawn.sum(1) == 3).all() and ((drawn.mean(0) - 1).abs() < 0.06).all()
+    assert torch.equal(weights, resample(groups, times=2000))
+
+
+@given(st.integers(2, 5), st.data())
+@examples
+def test_a_resamples_classification_figures_are_scikit_learns(num_classes, data):
+    pairs = data.draw(st.lists(st.tuples(*[st.integers(0, num_classes - 1)] * 2), min_size=1, max_size=30))
+    labels, predictions = torch.tensor(pairs).T
+    weights = resample(torch.arange(len(pairs)), times=1)
+    drawn = weights[0].long()
+    found = classification_intervals(labels, predictions, num_classes, weights)
+    true, called = labels.repeat_interleave(drawn), predictions.repeat_interleave(drawn)
+    assert found["accuracy"] == pytest.approx([sklearn_metrics.accuracy_score(true, called)] * 2)
+    expected = sklearn_metrics.f1_score(true, called, average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx([expected] * 2)
+
+
+def test_ranks_in_a_resample_are_those_of_the_gallery_so_drawn():
+    queries, gallery = torch.randn(6, 4), torch.randn(20, 4)
+    gallery[7] = gallery[3]  # a tie
+    relevant = torch.rand(6, 20) < 0.2
+    relevant[:, 3], relevant[:, 7] = True, False
+    weights = resample(torch.arange(20) // 2, times=40)
+    ranks = ranks_in_resamples(queries, gallery, relevant, weights)
+    for drawn, of_resample in zip(weights.long(), ranks, strict=True):
+        rows = torch.arange(20).repeat_interleave(drawn)
+        expected = [
+            first_relevant_ranks(q[None], gallery[rows], r[None, rows]) for q, r in zip(queries, relevant, strict=True)
+        ]
+        for found, rank in zip(of_resample, expected, strict=True):
+            assert found == rank if len(rank) else found.isnan()
+
+
+def test_retrieval_intervals_weigh_the_queries_and_pass_over_those_without_an_answer():
+    ranks, weights = torch.tensor([1.0, 2.0, torch.nan, 4.0]), torch.tensor([[2.0, 1.0, 5.0, 0.0]])
+    found = retrieval_intervals(ranks, weights)
+    assert found["recall@1"] == pytest.approx([2 / 3] * 2) and found["mrr"] == pytest.approx([2.5 / 3] * 2)
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    """Of 200 sets of 100 images that are recognized with probability 0.8."""
+    truth, hits = 0.8, 0
+    for _ in range(200):
+        correct = (torch.rand(100) < truth).float()
+        low, high = interval(resample(torch.arange(100)) @ correct / 100)
+        hits += low <= truth <= high
+    assert 0.88 < hits / 200 < 0.99

@@ -14,7 +14,7 @@ from tokenizer import save_merges
 
 def test_mistakes_with_data_are_one_line(script, pictures, base, tmp_path):
     def training(data, *extra):
-        return mistake(script(train, "--data", data, "--weights", base, "--epochs", 1, *extra))
+        return mistake(script(train, "--data", data, "--weights", base, "--steps", 1, *extra))
 
     assert "no" in training(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -38,7 +38,7 @@ def test_mistakes_with_data_are_one_line(script, pictures, base, tmp_path):
 
 def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
     def training(weights, *extra):
-        return mistake(script(train, "--data", pictures / "images", "--weights", weights, "--epochs", 1, *extra))
+        return mistake(script(train, "--data", pictures / "images", "--weights", weights, "--steps", 1, *extra))
 
     if not (checkpoint.WEIGHTS / "clip-vit-b-16").exists():
         assert "python weights/download.py" in training("clip-vit-b-16")

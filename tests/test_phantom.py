@@ -9,7 +9,7 @@ import pytest
 
 from data import load_dataset
 from errors import UserError
-from phantom import CLASSES, draw, phantom, write_dataset
+from phantom import CLASSES, TEST_START, draw, phantom, write_dataset
 from prompts import ENTREP_PROMPTS
 
 
@@ -49,15 +49,17 @@ def test_captions_name_the_side_and_the_same_findings_in_both_scopes():
 def test_a_data_set_is_read_as_it_was_written(tmp_path):
     write_dataset(tmp_path / "set", count=28, scope="B", seed=3)
     samples = load_dataset(tmp_path / "set")
-    assert Counter(sample.label for sample in samples) == dict.fromkeys(CLASSES, 4)
+    assert Counter((s.split, s.label) for s in samples) == {
+        (split, label): n for split, n in (("train", 4), ("test", 2)) for label in CLASSES
+    }
     for sample in samples:
         number = int("".join(filter(str.isdigit, sample.image.stem)))
-        _, label, caption = phantom(number, "B", seed=3)
+        _, label, caption = phantom(number + TEST_START * (sample.split == "test"), "B", seed=3)
         assert sample.label == label and sample.caption in (caption, None)
     pairs = json.loads((tmp_path / "set/train/i2i.json").read_text())
     assert all((tmp_path / "set/train/imgs" / name).is_file() for pair in pairs.items() for name in pair)
     with open(tmp_path / "set/test/cls.csv", newline="") as file:
         names = [name for (name,) in csv.reader(file)]
-    assert len(names) == 3 and all((tmp_path / "set/test/imgs" / name).is_file() for name in names)
+    assert len(names) == 14 and all((tmp_path / "set/test/imgs" / name).is_file() for name in names)
     with pytest.raises(UserError, match="not empty"):
         write_dataset(tmp_path / "set", count=7)

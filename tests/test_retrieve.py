@@ -48,7 +48,7 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
         (gallery / label).mkdir(parents=True)
         for i in range(3):
             (gallery / label / f"{i}.png").write_bytes((pictures / "images" / label / f"{i}.png").read_bytes())
-    assert script(train, "--data", gallery, "--weights", base, "--epochs", 1, "--run", "runs/a")[0] == 0
+    assert script(train, "--data", gallery, "--weights", base, "--steps", 1, "--run", "runs/a")[0] == 0
     encoded, encode = [], retrieve.encode_images
 
     def counted(model, files, *rest):
@@ -78,7 +78,7 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
     assert search()[1] == 0
     (tmp_path / "runs/a/index.safetensors").write_bytes(b"damaged")
     assert search()[1] == 9
-    assert script(train, "--data", gallery, "--weights", base, "--epochs", 1, "--run", "runs/b", "--seed", 1)[0] == 0
+    assert script(train, "--data", gallery, "--weights", base, "--steps", 1, "--run", "runs/b", "--seed", 1)[0] == 0
     assert search()[1] == 9  # the newest run is another model now
 
 

@@ -14,7 +14,7 @@ from errors import UserError
 from runs import Metadata
 from settings import Settings
 
-GIVEN = {"weights": "phantom", "epochs": 3, "lr": 1e-3}
+GIVEN = {"weights": "phantom", "steps": 3, "lr": 1e-3}
 
 
 def test_defaults_fit_their_own_ranges():
@@ -24,14 +24,14 @@ def test_defaults_fit_their_own_ranges():
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("epochs", 0, "--epochs should be a whole number of 1 or more, not 0"),
-        ("epochs", 2.0, "a whole number"),
-        ("epochs", True, "a whole number"),
+        ("steps", 0, "--steps should be a whole number of 1 or more, not 0"),
+        ("steps", 2.0, "a whole number"),
+        ("steps", True, "a whole number"),
         ("lr", -1e-3, "a number of 0 or more"),
         ("lr", float("nan"), "a number of 0 or more"),
         ("lr", "fast", "a number of 0 or more, not 'fast'"),
         ("slerp", 1.1, "a number from 0 to 1"),
-        ("fusion", "sum", "one of gate"),
+        ("fusion", "sum", "one of concat"),
         ("full", 1, "true or false"),
         ("levels", (3, 0), "a list, each item a whole number of 1 or more"),
         ("levels", (), "a list"),
@@ -55,8 +55,8 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--epochs", 0], "--epochs should be a whole number of 1 or more"),
-        (["--epochs", "many"], "--epochs: invalid int value"),
+        (["--steps", 0], "--steps should be a whole number of 1 or more"),
+        (["--steps", "many"], "--steps: invalid int value"),
         (["--warmup", 2], "--warmup should be a number from 0 to 1"),
         (["--lr", "nan"], "--lr should be"),
         (["--levels", "3,x"], "--levels: invalid list value"),

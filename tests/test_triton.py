@@ -469,7 +469,7 @@ def test_fine_tuning_on_the_gpu_follows_the_cpu(tmp_path):
     subprocess.run([sys.executable, ROOT / "phantom.py", tmp_path / "data", "--count", "70"], check=True)
     for device in ("cpu", "cuda"):
         command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "data", "--weights", "phantom"]
-        command += ["--epochs", "4", "--device", device, "--run", tmp_path / device]
+        command += ["--steps", "40", "--device", device, "--run", tmp_path / device]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
         losses[device] = torch.tensor([json.loads(line)["loss"] for line in lines])
