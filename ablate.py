@@ -14,7 +14,8 @@ parts of the data, which are held out in turn (--folds n). Both ways the repeats
 or hard is the same for all lines of the table, and cancels in their differences. After each figure stands in brackets
 by how much it differs from the line that it is compared with: the mean of the repeats' differences and its 95 %
 confidence interval, mean ± t · s / √n (s: their standard deviation, n: their number, t: Student's). An interval that
-includes zero shows nothing; of many intervals, one in twenty misses the truth by chance.
+includes zero shows nothing; the others are bold. Of many intervals, one in twenty misses the truth by chance. Where the
+test images are the same for all seeds, the luck of their choice is not in it.
 
 No round is chosen here: the model after the last step is scored, on the test images if there are any, else on the
 validation images. Finished trainings are kept in --folder, so that an interrupted ablation goes on.
@@ -201,11 +202,12 @@ def summarize(results):
     return rows
 
 
-def markdown(rows, first):
-    """{row: summary} → a Markdown table, without the columns that have no figures. first: the first column's heading"""
+def markdown(rows, against, heading):
+    """{row: summary}, {row: the one that it is compared with} → a Markdown table, without the columns that have no
+    figures. Differences are bold where their interval excludes zero."""
     keys = [key for key in FIGURES if any(key in row for row in rows.values())]
-    lines = [[first, *(FIGURES[key] for key in keys)], ["---"] * (1 + len(keys))]
-    lines += [[name, *(_cell(row.get(key)) for key in keys)] for name, row in rows.items()]
+    lines = [[heading, "compared with", *(FIGURES[key] for key in keys)], ["---"] * (2 + len(keys))]
+    lines += [[name, against[name] or "", *(_cell(row.get(key)) for key in keys)] for name, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -214,8 +216,9 @@ def _cell(figure):
         return "–"
     text = f"{figure['mean']:.3f}"
     if "difference" in figure:
-        interval = "" if figure["interval"] is None else f" ± {figure['interval']:.3f}"
-        text += f" ({figure['difference']:+.3f}{interval})"
+        difference, interval = figure["difference"], figure["interval"]
+        shown = f"({difference:+.3f})" if interval is None else f"({difference:+.3f} ± {interval:.3f})"
+        text += f" **{shown}**" if interval is not None and abs(difference) > interval else f" {shown}"
     return text
 
 
@@ -277,14 +280,15 @@ def main():
     repeats = {str(seed): {"seed": seed} for seed in args.seeds}
     if args.folds:
         repeats = {f"fold-{k}": {"fold": f"{k}/{args.folds}"} for k in range(1, args.folds + 1)}
-    trainings, start, lines = Trainings(settings, repeats, args), time.monotonic(), {}
+    trainings, start, lines, against = Trainings(settings, repeats, args), time.monotonic(), {}, {}
     for shots in args.shots or (None,):
         results = {name: trainings.run(row, shots) for name, row in rows.items()}
         for name, row in rows.items():
-            lines[f"{shots} images, {name}" if shots else name] = results[name], results.get(row.against)
+            line = f"{shots} images, {name}" if question == "shots" else name
+            lines[line], against[line] = (results[name], results.get(row.against)), row.against
 
     summary = summarize(lines)
-    table = markdown(summary, f"{len(repeats)} {'folds' if args.folds else 'seeds'}")
+    table = markdown(summary, against, f"{len(repeats)} {'folds' if args.folds else 'seeds'}")
     content = {"settings": asdict(settings), "repeats": list(repeats), "rows": summary}
     name = f"{question}-{args.shots[0]}" if args.shots and question != "shots" else question
     (args.folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -102,19 +102,20 @@ def curves(panels, x_label, width=400, height=300):
     for number, (title, series) in enumerate(panels.items()):
         xs = sorted({x for points in series.values() for x, _ in points})
         values = [value for points in series.values() for _, of_x in points for value in of_x]
-        low = math.floor(10 * min(values)) / 10
-        high = max(math.ceil(10 * max(values)) / 10, low + 0.1)
+        step = next(s for s in (0.02, 0.05, 0.1, 0.2) if max(values) - min(values) <= 6 * s)  # between grid lines
+        first, last = math.floor(min(values) / step), math.floor(max(values) / step) + 1
+        low, high = first * step, last * step
         span = math.log(xs[-1] / xs[0]) or 1
 
-        def at(x, y, offset=number * width, first=xs[0], span=span, low=low, high=high):
-            across = (width - left - right) * math.log(x / first) / span
+        def at(x, y, offset=number * width, least=xs[0], span=span, low=low, high=high):
+            across = (width - left - right) * math.log(x / least) / span
             return offset + left + across, top + (height - top - bottom) * (high - y) / (high - low)
 
         text(number * width + width / 2, 20, title, more='font-weight="bold"')
-        for step in range(round(10 * low), round(10 * high) + 1):
-            (x1, y), (x2, _) = at(xs[0], step / 10), at(xs[-1], step / 10)
+        for line in range(first, last + 1):
+            (x1, y), (x2, _) = at(xs[0], line * step), at(xs[-1], line * step)
             parts.append(f'<path d="M{x1:.1f} {y:.1f}H{x2:.1f}" stroke="#dddddd"/>')
-            text(x1 - 8, y + 4, f"{step / 10:.1f}", "end")
+            text(x1 - 8, y + 4, f"{line * step:.2f}", "end")
         for x in xs:
             text(at(x, low)[0], height - bottom + 18, str(x))
         text(number * width + width / 2, height - bottom + 36, x_label)

@@ -87,10 +87,10 @@ def image_tower(s):
         if block in LEVELS:
             s.line((x + 17, 280), (x + 17, 316), colour=LEVELS[block], width=3, arrow=True)
             s.box(x - 22, 328, 78, 34, "white", LEVELS[block])
-            s.text(x + 17, 345, "LN, W", 16)
+            s.text(x + 17, 345, "LN", 16)
             s.line((x + 17, 362), (x + 17, 400), colour=LEVELS[block], width=3)
     s.line((387, 400), (819, 400), colour=BLUE, width=3)
-    s.text(580, 428, "CLS tokens of four levels, (768) each, normalized and projected to (512)", colour=GREY)
+    s.text(580, 428, "CLS tokens of four levels, (768) each: z = W c12 + V [c3; c6; c9]; V starts at zero", colour=GREY)
     s.line((819, 400), (868, 400), colour=BLUE, width=3, arrow=True)
     s.disc(902, 400, 23, "white", BLUE)
     s.text(902, 399, "fuse", 16)
@@ -141,7 +141,7 @@ def losses(s):
     s.text(
         440,
         728,
-        "Trained: the adapters, a LayerNorm for each level, gates for all but the last, the class vectors, the scale",
+        "Trained: the adapters, a LayerNorm for each level, V, the class vectors, the scale",
         colour=GREY,
     )
 
