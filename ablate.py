@@ -13,9 +13,9 @@ Every training is repeated with several seeds, which also draw the split (--seed
 parts of the data, which are held out in turn (--folds n). Both ways the repeats are *paired*: what makes a split easy
 or hard is the same for all lines of the table, and cancels in their differences. After each figure stands in brackets
 by how much it differs from the line that it is compared with: the mean of the repeats' differences and its 95 %
-confidence interval, mean ± t · s / √n (s: their standard deviation, n: their number, t: Student's). An interval that
-includes zero shows nothing; the others are bold. Of many intervals, one in twenty misses the truth by chance. Where the
-test images are the same for all seeds, the luck of their choice is not in it.
+confidence interval, mean ± t · s / √n (s: their standard deviation, n: their number, t: Student's; folds count by their
+images). An interval that includes zero shows nothing; the others are bold. Of many intervals, one in twenty misses the
+truth by chance. Repeats share images, test images above all; how lucky the choice of those was, no interval says.
 
 No round is chosen here: the model after the last step is scored, on the test images if there are any, else on the
 validation images. Finished trainings are kept in --folder, so that an interrupted ablation goes on.
@@ -84,7 +84,7 @@ def with_parts(*parts):
 
 
 def rows_of_parts(full):
-    """→ {name: Row}. full: every weight is trained, so there is no LoRA to be switched off."""
+    """→ {name: Row}. full: every weight is trained, by "head", too; so there is no LoRA to be switched off."""
     parts = [part for part in OFF if not (full and part == "LoRA")]
     everything = with_parts(*parts)
     nameless = Variant("names", everything.changes, prompts=False)
@@ -100,20 +100,24 @@ def rows_of_parts(full):
     return rows | {"all but prompts": Row(nameless, against="all")}
 
 
-def rows_of_shots():
+def rows_of_shots(full):
     """→ {name: Row}, for each number of images."""
     everything = with_parts(*OFF)
     rows = {"zero-shot": Row(everything, trained=False), "head": Row(with_parts(), against="zero-shot")}
-    return rows | {"LoRA": Row(with_parts("LoRA"), against="head"), "all": Row(everything, against="LoRA")}
+    rows |= {} if full else {"LoRA": Row(with_parts("LoRA"), against="head")}
+    return rows | {"all": Row(everything, against="head" if full else "LoRA")}
 
 
 def rows_of_settings(texts, parser, settings):
     """The --vary flags, like "lora-rank=4 lr=1e-3" → {name: Row}."""
     rows = {"all": Row(with_parts(*OFF))}
     for text in texts:
-        args = parser.parse_args([*sys.argv[1:], *(f"--{flag}" for flag in text.split())])
-        new, old = asdict(Settings.from_flags(args)), asdict(settings)
-        rows[text] = Row(Variant(text, {key: value for key, value in new.items() if value != old[key]}), against="all")
+        flags = [f"--{flag}" for flag in text.split()]
+        new, old = asdict(Settings.from_flags(parser.parse_args([*sys.argv[1:], *flags]))), asdict(settings)
+        changes = {key: value for key, value in new.items() if value != old[key]}
+        if not changes or changes.keys() & {"data", "split", "fold", "duplicates", "seed"}:
+            raise UserError(f"--vary {text!r} changes nothing that could be compared; name other settings of train.py")
+        rows[text] = Row(Variant(text, changes), against="all")
     return rows
 
 
@@ -124,9 +128,10 @@ def rows_of_settings(texts, parser, settings):
 class Trainings:
     """Variants × repeats, each trained once: what repeats share is prepared once."""
 
-    def __init__(self, settings, repeats, args):
-        """repeats: {name: changes of the settings}."""
-        self.settings, self.repeats, self.args, self.untrained, self.done = settings, repeats, args, {}, 0
+    def __init__(self, settings, repeats, args, total):
+        """repeats: {name: changes of the settings}; total: how many trainings there will be."""
+        self.settings, self.repeats, self.args, self.total = settings, repeats, args, total
+        self.untrained, self.runs, self.done = {}, set(), 0  # runs: those looked at; done: those trained now
         self.device = find_device(args.device)
         with redirect_stdout(sys.stderr):  # standard output is the table's
             self.samples, self.duplicates = load_with_copies(settings, args.workers)
@@ -136,11 +141,15 @@ class Trainings:
         results = []
         for repeat, changes in self.repeats.items():
             name = "-".join([row.variant.name.replace("/", "_"), *([f"{shots}-shots"] if shots else []), repeat])
-            file = self.args.folder / name / "metrics.json"
-            if not file.exists():
-                print(f"training {file.parent}", file=sys.stderr, flush=True)
-                self.train(file.parent, row.variant, replace(self.settings, **changes), shots)
-            metrics = json.loads(file.read_text())
+            run = self.args.folder / name
+            self.runs.add(run)
+            if not (run / "metrics.json").exists():
+                print(f"{len(self.runs)} of {self.total}: training {run}", file=sys.stderr, flush=True)
+                try:
+                    self.train(run, row.variant, replace(self.settings, **changes, **row.variant.changes), shots)
+                except UserError as problem:
+                    raise UserError(f"{run}: {problem}") from None
+            metrics = json.loads((run / "metrics.json").read_text())
             results.append(metrics if row.trained else _untrained(metrics))
         return results
 
@@ -154,11 +163,12 @@ class Trainings:
         prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
         run.mkdir(parents=True, exist_ok=True)
         write_split(run / "split.csv", splits)
-        key = settings.seed, settings.fold, variant.prompts  # all that decides the untrained model's figures
-        known = self.untrained.get(key) if settings.weights != "scratch" else None
+        # All that decides the untrained model's figures, which are computed once. From scratch they are chance.
+        key = settings.seed, settings.fold, settings.weights, variant.prompts
+        known = self.untrained.get(key)
         with open(run / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-            settings = replace(settings, **variant.changes)
             metrics = train(run, settings, splits, prompts, self.device, self.args.workers, zero_shot=known, rounds=1)
+        (run / "last.safetensors").unlink()  # nothing is resumed in the middle of a training
         self.untrained[key], self.done = _untrained(metrics), self.done + 1
 
 
@@ -172,11 +182,11 @@ def _untrained(metrics):
 
 
 def mean_and_interval(values, weights):
-    """→ mean, and half the width of its 95 % interval (None for one value). weights: the images behind each value; a
-    fold's accuracy counts as much as its images, so that the mean is the accuracy over all of them."""
+    """→ mean, and half the width of its 95 % interval (None where all values are the same). weights: the images behind
+    each value; a fold's accuracy counts as much as its images, so that the mean is the accuracy over all of them."""
     weights = [weight / sum(weights) for weight in weights]
     mean = sum(w * v for w, v in zip(weights, values, strict=True))
-    if len(values) < 2:
+    if max(values) - min(values) < 1e-9:
         return mean, None
     square = sum((w * (v - mean)) ** 2 for w, v in zip(weights, values, strict=True))
     n = len(values)
@@ -192,7 +202,7 @@ def summarize(results):
         rows[name] = {}
         for key in FIGURES:
             values = [metrics.get(key) for metrics in own]
-            if None in values:
+            if None in values or (other and None in [metrics.get(key) for metrics in other]):
                 continue
             rows[name][key] = {"mean": mean_and_interval(values, weights)[0], "values": values}
             if other:
@@ -251,6 +261,8 @@ def parse_arguments():
     args = parser.parse_args()
     if ((args.parts or args.vary) and args.shots and len(args.shots) > 1) or (args.parts and args.vary):
         raise UserError("ask one question: --parts or --vary, each with one number of --shots, or several --shots")
+    if args.fold or (args.seed and not args.folds):
+        raise UserError("give --seeds, or --folds; train.py's --seed and --fold are for one training")
     return parser, args
 
 
@@ -262,7 +274,8 @@ def check_folder(folder, flags):
     """Refuse to mix the trainings of two ablations."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "settings.json"
-    if any(folder.glob("*/metrics.json")) and json.loads(kept.read_text()) != json.loads(json.dumps(flags)):
+    same = kept.exists() and json.loads(kept.read_text()) == json.loads(json.dumps(flags))
+    if any(folder.glob("*/metrics.json")) and not same:
         raise UserError(f"{folder} holds an ablation with other flags; choose another --folder")
     kept.write_text(json.dumps(flags, indent=2))
 
@@ -274,13 +287,14 @@ def main():
     if args.vary:
         question, rows = "vary", rows_of_settings(args.vary, parser, settings)
     elif args.shots and not args.parts:
-        question, rows = "shots", rows_of_shots()
+        question, rows = "shots", rows_of_shots(settings.full)
     else:
         question, rows = "parts", rows_of_parts(settings.full)
     repeats = {str(seed): {"seed": seed} for seed in args.seeds}
     if args.folds:
-        repeats = {f"fold-{k}": {"fold": f"{k}/{args.folds}"} for k in range(1, args.folds + 1)}
-    trainings, start, lines, against = Trainings(settings, repeats, args), time.monotonic(), {}, {}
+        repeats = {f"fold-{k}-of-{args.folds}": {"fold": f"{k}/{args.folds}"} for k in range(1, args.folds + 1)}
+    total = len({row.variant.name for row in rows.values()}) * len(args.shots or [None]) * len(repeats)
+    trainings, start, lines, against = Trainings(settings, repeats, args, total), time.monotonic(), {}, {}
     for shots in args.shots or (None,):
         results = {name: trainings.run(row, shots) for name, row in rows.items()}
         for name, row in rows.items():

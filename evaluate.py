@@ -36,7 +36,7 @@ from splits import scored_split, split_dataset, trained_images
 def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False):
     """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
     "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…"; if asked for,
-    "intervals": {figure: [low, high]} of the first six (metrics.py).
+    "intervals": {figure: [low, high]} of accuracy, macro-F1, and each search's R@1 and MRR (metrics.py).
 
     A figure without a query is None: image→image search needs two groups of a class.
     """
@@ -57,7 +57,7 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, i
     prompts = encode_texts(model, tokenizer, texts, device)
     results |= _search("i2i", images, labels, images, labels, same_group)
     results |= _search("t2i", prompts, torch.tensor(text_labels), images, labels)
-    if intervals:
+    if intervals and groups.max() >= 9:
         results["intervals"] = _intervals(images, labels, predictions, groups, prompts, torch.tensor(text_labels))
     captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
     if captions:

@@ -10,7 +10,8 @@
 How far can a figure be trusted? Another set of test images would give another figure. The *bootstrap* imitates other
 sets: it draws as many images from the set, with replacement, computes the figure, and repeats that a thousand times.
 The middle 95 % of the results are the figure's interval. Images of one group resemble each other, and are drawn
-together.
+together; of fewer than ten groups there is no interval. In image→image search only the queries are drawn, as drawing
+the searched images, too, would take a thousand searches.
 
 Try changing this: let ties count for the model (`scores > best + 1e-9` in `first_relevant_ranks`): a model that gives
 every image the same embedding then has an MRR of 1 instead of the worst possible.

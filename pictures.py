@@ -103,7 +103,8 @@ def curves(panels, x_label, width=400, height=300):
         xs = sorted({x for points in series.values() for x, _ in points})
         values = [value for points in series.values() for _, of_x in points for value in of_x]
         step = next(s for s in (0.02, 0.05, 0.1, 0.2) if max(values) - min(values) <= 6 * s)  # between grid lines
-        first, last = math.floor(min(values) / step), math.floor(max(values) / step) + 1
+        first = math.floor(min(values) / step)
+        last = max(math.ceil(max(values) / step), first + 1)
         low, high = first * step, last * step
         span = math.log(xs[-1] / xs[0]) or 1
 

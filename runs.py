@@ -26,7 +26,7 @@ from checkpoint import fingerprint, load_base, read_safetensors
 from cli import Progress, autocast
 from data import class_names
 from errors import UserError
-from fusion import FusedCLIP
+from fusion import FusedCLIP, default_levels
 from images import load_image, mirror_text, normalize, prefetch, resize_and_crop
 from lora import add_lora, merge_lora
 from model import CLIP, CLIPConfig
@@ -106,9 +106,11 @@ def assemble(clip, settings, num_classes):
             parts = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
             if not add_lora(clip, **{part: getattr(settings, f"lora_{part}") for part in parts}):
                 raise UserError(f"--lora-blocks: the base model has no such block; it has {len(clip.visual.blocks)}")
-    levels = settings.levels
-    if levels and max(levels) > len(clip.visual.blocks):
-        raise UserError(f"--levels: the base model has {len(clip.visual.blocks)} blocks, not {max(levels)}")
+    levels, last = settings.levels, len(clip.visual.blocks)
+    if levels and max(levels) > last:
+        raise UserError(f"--levels: the base model has {last} blocks, not {max(levels)}")
+    if settings.fusion != "none" and set(levels or default_levels(last)) == {last}:
+        raise UserError("--levels: there is nothing to fuse with the last block alone; name another, or --fusion none")
     return FusedCLIP(clip, num_classes, settings.fusion, levels)
 
 

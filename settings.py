@@ -52,7 +52,7 @@ class Settings:
         choices=("together", "ignore"),
     )
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
-    batch_size: int = setting(int, "images in a step", 32, low=1)
+    batch_size: int = setting(int, "images in a step, at most", 32, low=1)
     steps: int = setting(
         int,
         "batches to train on, however many images there are; default: 400, from scratch 1000, on phantoms 200",

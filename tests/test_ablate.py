@@ -10,6 +10,7 @@ from scipy import stats
 
 import ablate
 import checkpoint
+import train
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def table(folder, question):
     return json.loads((folder / f"{question}.json").read_text())["rows"]
 
 
-def test_every_part_is_switched_off_by_its_own_setting(ask, tmp_path):
+def test_every_part_is_switched_off_by_its_own_setting(ask, script, pictures, base, tmp_path):
     status, out, err = ask("--seeds", 0, 1)
     assert status == 0, err
     off = {
@@ -50,8 +51,17 @@ def test_every_part_is_switched_off_by_its_own_setting(ask, tmp_path):
         assert rows[row]["t2i_mrr"]["values"][1] == json.loads((folder / "metrics.json").read_text())["t2i_mrr"]
     nameless = checkpoint.read_safetensors(tmp_path / "a/names-1/adapter.safetensors")[1]
     assert nameless["prompts"] == {name: [name] for name in nameless["classes"]}
-    untrained = json.loads((tmp_path / "a/names-1/metrics.json").read_text())["zero_shot_accuracy"]
-    assert rows["zero-shot, class names"]["accuracy"]["values"][1] == untrained
+    # The untrained model, asked by name and by prompts: without training, a run of one step at no learning rate.
+    for row, prompts in (
+        ("zero-shot, class names", ["--prompts", tmp_path / "names.json"]),
+        ("zero-shot, prompts", []),
+    ):
+        (tmp_path / "names.json").write_text(json.dumps(nameless["prompts"]))
+        arguments = ["--data", pictures / "manifest.csv", "--weights", base, "--steps", 1, "--lr", 0, "--seed", 1]
+        assert script(train, *arguments, *prompts, "--run", tmp_path / row)[0] == 0
+        untrained = json.loads((tmp_path / row / "metrics.json").read_text())["t2i_mrr"]
+        assert rows[row]["t2i_mrr"]["values"][1] == pytest.approx(untrained)
+    assert rows["zero-shot, class names"]["t2i_mrr"] != rows["zero-shot, prompts"]["t2i_mrr"]
 
 
 def test_an_interrupted_ablation_goes_on_and_another_is_refused(ask, tmp_path):
@@ -65,6 +75,7 @@ def test_an_interrupted_ablation_goes_on_and_another_is_refused(ask, tmp_path):
     assert changed == {tmp_path / "a/head-0/metrics.json"}
     assert "other flags" in mistake(ask("--batch-size", 4))
     assert "one question" in mistake(ask("--parts", "--vary", "lr=1"))
+    assert "--seeds" in mistake(ask("--seed", 3))
 
 
 def test_a_difference_has_students_interval():
@@ -84,11 +95,11 @@ def test_a_difference_has_students_interval():
 
 
 def test_folds_hold_out_every_image_once_and_count_by_their_images(ask, pictures, tmp_path):
-    status, out, err = ask("--split", "group", "--folds", 3, "--vary", "fusion=none")
-    assert status == 0 and out.startswith("| 3 folds |"), err
+    status, out, err = ask("--split", "group", "--folds", 4, "--vary", "fusion=none")
+    assert status == 0 and out.startswith("| 4 folds |"), err
     held_out, correct = [], 0
-    for k in (1, 2, 3):
-        run = tmp_path / f"a/fusion=none-fold-{k}"
+    for k in (1, 2, 3, 4):
+        run = tmp_path / f"a/fusion=none-fold-{k}-of-4"
         held_out += [row["image"] for row in csv.DictReader((run / "split.csv").open()) if row["split"] == "val"]
         by_class = json.loads((run / "metrics.json").read_text())["by_class"].values()
         correct += sum(row["images"] * (row["recall"] or 0) for row in by_class)
@@ -115,4 +126,38 @@ def test_a_setting_is_varied_as_train_py_takes_it(ask, tmp_path):
     assert status == 0, err
     settings = checkpoint.read_safetensors(tmp_path / "a/lora-rank=2 levels=1,3-0/adapter.safetensors")[1]["settings"]
     assert settings["lora_rank"] == 2 and settings["levels"] == [1, 3] and settings["steps"] == 2
-    assert "--lora-rank" in mistake(ask("--vary", "lora-rank=-1"))
+    for text, says in (("lora-rank=-1", "--lora-rank"), ("split=random", "changes nothing"), ("shots=4", "nothing")):
+        status, _, err = ask("--seeds", 0, "--vary", text)
+        assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_the_table_names_what_a_line_is_compared_with_and_marks_what_is_more_than_chance():
+    figure = {"mean": 0.5, "values": [0.5] * 3}
+    rows = {"base": {"accuracy": figure}}
+    for name, difference, interval in (
+        ("more", 0.2, 0.1),
+        ("less", -0.2, 0.1),
+        ("chance", 0.1, 0.2),
+        ("same", 0.1, None),
+    ):
+        rows[name] = {"accuracy": figure | {"difference": difference, "interval": interval}}
+    lines = ablate.markdown(rows, dict.fromkeys(rows, "base") | {"base": None}, "3 seeds").splitlines()
+    assert lines[0] == "| 3 seeds | compared with | accuracy |"
+    assert lines[2:] == [
+        "| base |  | 0.500 |",
+        "| more | base | 0.500 **(+0.200 ± 0.100)** |",
+        "| less | base | 0.500 **(-0.200 ± 0.100)** |",
+        "| chance | base | 0.500 (+0.100 ± 0.200) |",
+        "| same | base | 0.500 (+0.100) |",
+    ]
+
+
+def test_each_part_is_compared_with_the_line_that_lacks_it_alone():
+    for full in (False, True):
+        rows = ablate.rows_of_parts(full)
+        for name, row in rows.items():
+            if not row.against or not row.trained or not rows[row.against].trained:
+                continue
+            on, without = ({*r.variant.name.split("+")} - {"head"} for r in (row, rows[row.against]))
+            if "prompts" not in name:
+                assert len(on ^ without) == 1, name

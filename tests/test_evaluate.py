@@ -15,7 +15,7 @@ import evaluate
 import runs
 from data import load_dataset
 from fusion import FusedCLIP
-from metrics import retrieval_metrics
+from metrics import first_relevant_ranks, interval, resample, retrieval_metrics
 
 
 def test_images_of_the_same_group_are_not_searched(pictures, base):
@@ -67,9 +67,29 @@ def test_the_table_shows_every_class_and_search(script, trained):
         shown = ["–" if row[key] is None else f"{row[key]:.3f}" for key in ("recall", "precision")]
         assert rows[name] == [str(row["images"]), *shown]
     assert rows["text→image, same caption"][-1] == f"{figures['t2i_caption_mrr']:.3f}"
-    assert f"accuracy {figures['accuracy']:.3f}, 95 % interval" in out
-    for key, (low, high) in figures["intervals"].items():
-        assert low <= figures[key] <= high, key
+    assert f"accuracy {figures['accuracy']:.3f}\n" in out and "intervals" not in figures  # of three groups
+
+
+def test_intervals_are_of_whole_groups_and_only_of_queries_that_have_an_answer():
+    """Thirty groups of two images; the last group's class has no other, so its images are no queries."""
+    torch.manual_seed(0)
+    groups = torch.arange(60) // 2
+    labels = (groups % 2).masked_fill(groups == 29, 2)
+    images, prompts, prompt_labels = torch.randn(60, 8), torch.randn(3, 8), torch.arange(3)
+    predictions = torch.randint(3, (60,))
+    found = evaluate._intervals(images, labels, predictions, groups, prompts, prompt_labels)
+    figures = {"accuracy": [], "i2i_recall@1": [], "t2i_mrr": []}
+    same_group, relevant = groups[:, None] == groups, labels[:, None] == labels
+    ranks = first_relevant_ranks(images, images, relevant, same_group)
+    assert len(ranks) == 58
+    for drawn in resample(groups).long():
+        rows = torch.arange(60).repeat_interleave(drawn)
+        figures["accuracy"].append((labels[rows] == predictions[rows]).double().mean())
+        figures["i2i_recall@1"].append((ranks[rows[rows < 58]] == 1).double().mean())
+        searched = first_relevant_ranks(prompts, images[rows], prompt_labels[:, None] == labels[rows])
+        figures["t2i_mrr"].append((1 / searched.double()).mean())
+    for key, values in figures.items():
+        assert found[key] == pytest.approx(interval(torch.stack(values))), key
 
 
 def test_other_labelled_images_are_all_evaluated(script, trained, pictures):
@@ -81,6 +101,11 @@ def test_other_labelled_images_are_all_evaluated(script, trained, pictures):
     right = [result["class"] in result["image"] for result in json.loads(out)]
     assert figures["accuracy"] == pytest.approx(sum(right) / 18)
     assert "t2i_caption_mrr" not in figures
+    _, out, _ = script(evaluate, "--run", trained, "--data", pictures / "images")
+    low, high = figures["intervals"]["accuracy"]
+    assert low < high and f"accuracy {figures['accuracy']:.3f}, 95 % interval {low:.3f}–{high:.3f}\n" in out
+    ends = ["–".join(f"{end:.3f}" for end in figures["intervals"][f"i2i_{key}"]) for key in ("recall@1", "mrr")]
+    assert next(line for line in out.splitlines() if line.startswith("image→image")).endswith(", ".join(ends))
 
 
 def test_a_part_of_the_classes_is_enough(script, trained, pictures, tmp_path):

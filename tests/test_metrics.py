@@ -241,6 +241,10 @@ def test_retrieval_intervals_weigh_the_queries_and_pass_over_those_without_an_an
     assert found["recall@1"] == pytest.approx([2 / 3] * 2) and found["mrr"] == pytest.approx([2.5 / 3] * 2)
 
 
+def test_an_interval_is_the_middle_95_percent():
+    assert interval(torch.arange(1001.0)) == pytest.approx([25, 975])
+
+
 def test_an_interval_holds_the_truth_as_often_as_it_says():
     """Of 200 sets of 100 images that are recognized with probability 0.8."""
     truth, hits = 0.8, 0

@@ -53,6 +53,7 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
     assert "merges.txt" in training(wrong)
     save_merges([("a", "b")], wrong / "merges.txt")
     assert "tokens" in training(wrong)
+    assert "nothing to fuse" in training(base, "--levels", "4")
     assert "4 blocks" in training(base, "--levels", "3,9") and "4" in training(base, "--lora-blocks", "12")
 
 

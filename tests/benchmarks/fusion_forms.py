@@ -91,7 +91,7 @@ class Fusion(nn.Module):
 
 
 def encode(clip, samples, prompts, views):
-    """→ (N, views, layers, width) CLS tokens, (N, views) class numbers. views 0: the images as they are, once."""
+    """→ (N, views, layers, width) CLS tokens, (N, views) class numbers, (N,) group numbers. views 0: the images as they are, once."""
     classes, size = list(prompts), clip.config.image_size
 
     def pixels(index):
@@ -111,13 +111,15 @@ def encode(clip, samples, prompts, views):
         with torch.no_grad():
             tokens.append(clip.visual(normalize(torch.from_numpy(np.stack(arrays)))))
         labels.append([classes.index(name) for name in names])
-    return torch.stack(tokens), torch.tensor(labels)
+    groups = [sample.group or str(sample.image) for sample in samples]
+    return torch.stack(tokens), torch.tensor(labels), torch.tensor([groups.index(group) for group in groups])
 
 
 def train(form, levels, clip, head, train_set, test_set, seed, lr):
     """→ accuracy and image→image MRR."""
     torch.manual_seed(seed)
-    (tokens, labels), (test, truth) = train_set, test_set
+    (tokens, labels, _), (test, truth, groups) = train_set, test_set
+    same_group = groups[:, None] == groups  # as in evaluate.py, an image is not searched among those of its own group
     fusion, head = Fusion(clip.visual, form, levels), nn.Parameter(head.clone())
     scale = nn.Parameter(clip.logit_scale.detach().clone())
     own = [p for name, p in fusion.named_parameters() if not name.startswith("proj")]
@@ -142,8 +144,7 @@ def train(form, levels, clip, head, train_set, test_set, seed, lr):
     with torch.no_grad():
         z = fusion(test[:, 0])
         right = classify(z).argmax(1) == truth[:, 0]
-    itself, same = torch.eye(len(z), dtype=torch.bool), truth == truth.T
-    ranks = first_relevant_ranks(z, z, same, itself).double()
+    ranks = first_relevant_ranks(z, z, truth == truth.T, same_group).double()
     return right.double().mean().item(), (1 / ranks).mean().item()
 
 
