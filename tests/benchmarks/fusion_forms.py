@@ -91,7 +91,8 @@ class Fusion(nn.Module):
 
 
 def encode(clip, samples, prompts, views):
-    """→ (N, views, layers, width) CLS tokens, (N, views) class numbers, (N,) group numbers. views 0: the images as they are, once."""
+    """→ (N, views, layers, width) CLS tokens, (N, views) class numbers, (N,) group numbers. views 0: the images as they
+    are, once."""
     classes, size = list(prompts), clip.config.image_size
 
     def pixels(index):
