@@ -193,7 +193,7 @@ def main():
                 values = [figures[i] for figures in own]
                 differences = [a - b[i] for a, b in zip(values, results["head alone", ()], strict=True)]
                 mean, interval = mean_and_interval(differences, [1] * len(differences))
-                cells.append(f"{sum(values) / len(values):.3f} ({mean:+.3f} ± {interval:.3f})")
+                cells.append(f"{sum(values) / len(values):.3f} ({mean:+.3f} ± {interval or 0:.3f})")
             weights = sum(p.numel() for n, p in Fusion(clip.visual, form, levels).named_parameters() if n[:4] != "proj")
             shown = "last" if tuple(levels) == control else ", ".join(map(str, levels))
             print(f"| {lr:g} | {form} | {shown} | {weights:,} | {' | '.join(cells)} |", flush=True)
