@@ -79,6 +79,7 @@ class Row(NamedTuple):
 
 
 def with_parts(*parts):
+    """→ the Variant in which these parts of OFF are on, and the others off."""
     changes = {key: value for part, off in OFF.items() if part not in parts for key, value in off.items()}
     return Variant("+".join(part for part in OFF if part in parts) or "head", changes)
 

@@ -18,6 +18,7 @@ from cli import Parser, add_run_flags, find_device
 from data import load_dataset
 from errors import UserError, run_script
 from metrics import (
+    FEWEST_GROUPS,
     accuracy,
     by_class,
     classification_intervals,
@@ -57,7 +58,7 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, i
     prompts = encode_texts(model, tokenizer, texts, device)
     results |= _search("i2i", images, labels, images, labels, same_group)
     results |= _search("t2i", prompts, torch.tensor(text_labels), images, labels)
-    if intervals and groups.max() >= 9:
+    if intervals and groups.max() + 1 >= FEWEST_GROUPS:
         results["intervals"] = _intervals(images, labels, predictions, groups, prompts, torch.tensor(text_labels))
     captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
     if captions:
@@ -87,6 +88,7 @@ def _search(name, queries, query_labels, gallery, gallery_labels, exclude=None):
 
 
 def _intervals(images, labels, predictions, groups, prompts, prompt_labels):
+    """(N, D) images with (N,) labels, predictions and groups, (P, D) prompts with (P,) labels → the intervals."""
     weights = resample(groups)
     found = classification_intervals(labels, predictions, int(prompt_labels.max()) + 1, weights)
     # An image's query keeps its rank however often it is drawn; a prompt's depends on the images that were drawn.

@@ -57,7 +57,7 @@ docs/choices.md has the measurements that made `concat` the default.
 Source: arXiv 2509.00752. It names the components; the modes and their zero start are this project's choices.
 
 Try changing this: give only one early level, `FusedCLIP(clip, count, mode, levels=(4,))`, and the scope is still read
-at 0.88. Raise the probe's ridge to 10: the scope becomes hard to read, the class does not.
+at 0.89. Raise the probe's ridge to 10: the scope becomes hard to read, the class does not.
 """
 
 import torch

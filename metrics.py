@@ -51,6 +51,11 @@ def by_class(confusion, classes):
     }
 
 
+def _cosines(queries, gallery):
+    """(Q, D), (N, D) → (Q, N) float64."""
+    return F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
+
+
 def first_relevant_ranks(queries, gallery, relevant, exclude=None):
     """The rank, from 1 on, of the best-placed relevant gallery item for each query that has one → (≤ Q,) int64.
 
@@ -58,7 +63,7 @@ def first_relevant_ranks(queries, gallery, relevant, exclude=None):
     to be ranked (a query image itself). Ties, to rounding, count against us: an irrelevant item with the same score
     ranks first, so that a model that maps everything to one point scores as badly as it should.
     """
-    scores = F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
+    scores = _cosines(queries, gallery)
     irrelevant = ~relevant
     if exclude is not None:
         relevant, irrelevant = relevant & ~exclude, irrelevant & ~exclude
@@ -78,6 +83,9 @@ def retrieval_metrics(ranks, ks=(1, 5, 10)):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The bootstrap
+
+
+FEWEST_GROUPS = 10  # with fewer, the resamples are too much alike to tell anything
 
 
 def resample(groups, times=1000):
@@ -113,8 +121,8 @@ def retrieval_intervals(ranks, weights):
 
 def ranks_in_resamples(queries, gallery, relevant, weights):
     """The rank of each query's first relevant item in resampled galleries → (times, Q), NaN where none was drawn."""
-    scores = F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
-    order = (scores - 2e-9 * relevant).argsort(1, descending=True)  # ties count against us, as above
+    scores = _cosines(queries, gallery) - 2e-9 * relevant  # ties count against us, as above
+    order = scores.argsort(1, descending=True)
     ranks = []
     for its_order, its_relevant in zip(order, relevant, strict=True):
         drawn, hit = weights[:, its_order], its_relevant[its_order]  # best first

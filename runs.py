@@ -144,7 +144,7 @@ class State:
     step: int = 0  # finished steps
     seconds: float = 0.0  # spent on them, evaluation included
     best_score: float = -1.0
-    best_step: int = 0
+    best_step: int = 0  # after which the model was best
     scaler: dict = field(default_factory=dict)  # GradScaler's
 
 
@@ -183,7 +183,8 @@ def resumed_run(run):
 
 
 def resume(run, saved, samples, metadata, model, optimization, device):
-    """Set model and optimizer back to where the run was interrupted → State."""
+    """Set model and optimizer back to where the run was interrupted → State. samples: those to train on. Raises
+    UserError where classes or weights are others than when the run was begun."""
     if metadata.classes != class_names(samples):
         raise UserError(f"{metadata.settings.data} has other classes than when {run} was begun; train a new run")
     if metadata.base != saved.metadata.base:

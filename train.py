@@ -195,8 +195,8 @@ def finish(run, state, split, results):
 
 
 def train(run, settings, splits, prompts, device, workers, saved=None, rounds=ROUNDS, zero_shot=None):
-    """Train a model into the run's folder, or go on with what was Saved there → its metrics. zero_shot: the untrained
-    model's, if they are known."""
+    """Train a model into the run's folder, or go on with what was Saved there → its metrics. rounds: how often
+    val is scored; zero_shot: the untrained model's figures, if they are known."""
     scored = scored_split(splits)
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
     model.to(device)
