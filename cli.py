@@ -71,7 +71,10 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what asks for "the" GPU gets this one, as with --device cuda:1
+        return device
     except (RuntimeError, AssertionError):  # AssertionError: PyTorch without CUDA
         raise UserError(f"there is no device {name!r} on this machine; try --device cpu") from None
 

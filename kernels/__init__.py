@@ -4,17 +4,17 @@
     slerp(a, b, t)                                                                                → (N, D), unit length
     top_k(queries, gallery, k)                                                                    → values, indices
 
-`reference.py` has the plain PyTorch version of each, whose docstrings are the definitions. On NVIDIA GPUs of compute
-capability 8.0 and up, whose tensor cores Triton uses, the first two run in Triton: `triton_contrastive.py` and
-`triton_slerp.py`. These are imported only then, so everything works without Triton. README.md says what to read first.
+`reference.py` and `search.py` have the plain PyTorch version of each, whose docstrings are the definitions. On NVIDIA
+GPUs of compute capability 8.0 and up, whose tensor cores Triton uses, all three run in Triton: `triton_contrastive.py`,
+`triton_slerp.py` and `triton_search.py`. These are imported only then, so everything works without Triton, which exists
+for Linux only and needs a C compiler. README.md says what to read first.
 """
 
 from importlib.util import find_spec
 
 import torch
 
-from kernels import reference
-from kernels.reference import top_k
+from kernels import reference, search
 
 __all__ = ["contrastive_loss", "slerp", "top_k"]
 
@@ -22,16 +22,16 @@ __all__ = ["contrastive_loss", "slerp", "top_k"]
 HAS_TRITON = find_spec("triton") is not None  # on Windows and macOS there is none
 
 
-def on_triton(features):
-    """Whether the Triton kernels take features of this type on this device."""
-    if not (HAS_TRITON and features.is_cuda):
+def on_triton(*tensors):
+    """Whether the Triton kernels take tensors of these types on these devices."""
+    if not (HAS_TRITON and all(tensor.is_cuda for tensor in tensors)):
         return False
-    fits = features.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return fits and torch.cuda.get_device_capability(features.device) >= (8, 0)
+    fits = all(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors)
+    return fits and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)
 
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
-    if on_triton(image_features):
+    if on_triton(image_features, text_features):
         from kernels.triton_contrastive import contrastive_loss as run
     else:
         run = reference.contrastive_loss
@@ -39,11 +39,20 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
 
 
 def slerp(a, b, t):
-    if on_triton(a):
+    if on_triton(a, b):
         from kernels.triton_slerp import slerp as run
     else:
         run = reference.slerp
     return run(a, b, t)
 
 
+def top_k(queries, gallery, k):
+    if on_triton(queries, gallery):
+        from kernels.triton_search import top_k as run
+    else:
+        run = search.top_k
+    return run(queries, gallery, k)
+
+
 contrastive_loss.__doc__, slerp.__doc__ = reference.contrastive_loss.__doc__, reference.slerp.__doc__
+top_k.__doc__ = search.top_k.__doc__

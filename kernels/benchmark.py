@@ -1,23 +1,32 @@
-"""How fast the kernels are, and what they compile to.
+"""How fast the kernels are on a GPU, and what they compile to.
 
-    python kernels/benchmark.py            # on a GPU: time, memory and error beside other ways to compute the same
-    python kernels/benchmark.py --static   # anywhere: registers, shared memory, instructions, and the floor
+    python -m kernels.benchmark            # on a GPU: time, memory and error beside other ways to compute the same
+    python -m kernels.benchmark --quick    # the whole picture, at fewer sizes, in under two minutes
+    python -m kernels.benchmark --static   # anywhere: registers, shared memory, instructions (static.py)
 
-A time is the median of forward + backward, taken with GPU events; the variants take turns, and each call gets other
-inputs than the one before. Extra memory is what the call takes beyond its inputs and their gradients. The error is that
-of the image gradient, relative, against the reference in float64. The floor is the least time that four matrix
-products can take: forward computes S, backward S again, K y and Kᵀ x. `first_steps.py` explains registers and the rest.
+A time is a median, taken with GPU events, of the loss forward and backward, of slerp likewise, of a search. The
+variants take turns, and each call gets other inputs than the one before, so that none finds them in the cache. *Graph*
+is the time as a CUDA graph, which replays launches without Python. Extra memory is what a call takes beyond inputs and
+gradients. The error is that of the image gradient, of slerp, of the cosines found, relative, against float64.
+*Of the floor*: the loss takes four matrix products, S, S again, K y and Kᵀ x; this is the time that the library's
+product would take for them, divided by the time measured.
+
+The variants: *this*; *eager*, the usual lines, for pairs two cross entropies, with labels several positives; eager
+after *torch.compile*; and *inf_cl*, where it is installed, which rounds float32 to TF32 and does ten products. The
+table replaces the one in README.md.
 """
 
 import argparse
+import datetime
 import functools
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,170 +34,155 @@ import torch.nn.functional as F
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
+import kernels
 from errors import UserError, run_script
-from kernels import reference
+from kernels import reference, search
 
 try:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-    from triton.compiler import ASTSource
-
-    from kernels import triton_contrastive
-    from kernels.triton_contrastive import contrastive_loss
-    from kernels.triton_slerp import backward_kernel, forward_kernel, launch_shape
 except ImportError:  # --help works all the same
     triton = None
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # compute capability: limit of a program
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
-SIZES = (256, 1024, 4096, 16384, 32768, 65536)
+README = Path(__file__).parent / "README.md"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests run it on the CPU, at toy sizes
 D = 512
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Without a GPU: compile, and read what came out
+
+class Case(NamedTuple):
+    """What is computed, and how large. M None: pairs, as many texts as images; with labels else. Of top_k N is the
+    number of gallery rows, M that of queries."""
+
+    function: str
+    dtype: torch.dtype
+    N: int
+    M: int | None = None
 
 
-def argument_type(name, dtype):
-    """The type of a kernel's argument, as Triton writes it, by the name that it has in all of them."""
-    if name.startswith("BLOCK"):
-        return "constexpr"
-    if name in ("N", "M", "D", "first"):
-        return "i32"
-    if name in ("labels", "other_labels", "x_labels", "y_labels"):
-        return "*i64"
-    if name == "positives":
-        return "*i32"
-    if name == "K":
-        return "*fp32" if dtype == torch.float32 else "*bf16"
-    if name in ("x", "y", "a", "b", "out", "d_out", "da", "db"):
-        return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    return "*fp32"
-
-
-def kernels_to_compile(dtype):
-    """(name, kernel, constants and options) of all kernels, as the operators launch them."""
-    tile, row = triton_contrastive.tile_shape(dtype), launch_shape(D)
-    return [
-        ("measure", triton_contrastive.measure_kernel, {"BLOCK_N": 32, "BLOCK": 128}),
-        ("statistics", triton_contrastive.statistics_kernel, tile),
-        ("gradient", triton_contrastive.gradient_kernel, tile),
-        ("slerp forward", forward_kernel, row),
-        ("slerp backward", backward_kernel, row),
-    ]
-
-
-def build(kernel, shape, dtype, capability):
-    """Compile for a GPU that need not be there → {registers, spilled bytes, shared bytes, tensor-core instructions}."""
-    constants = {key: value for key, value in shape.items() if key.startswith("BLOCK")}
-    options = {key: value for key, value in shape.items() if key not in constants}
-    signature = {name: argument_type(name, dtype) for name in kernel.arg_names}
-    # Triton looks at the arguments of a call: addresses, and a D, that are multiples of 16 allow wide loads.
-    even = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name][0] == "*" or name == "D"
-    }
-    source = ASTSource(kernel, signature, constants, even)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-    def run(*command):
-        return subprocess.run(command, capture_output=True, text=True, check=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        architecture = sm_arch_from_capability(capability)
-        report = run(get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", ptx, "-o", os.devnull).stderr
-        code = run(triton.knobs.nvidia.cuobjdump.path, "--dump-sass", cubin).stdout
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spilled": int(re.search(r"(\d+) bytes spill stores", report)[1]),
-        "shared": compiled.metadata.shared,
-        "tensor-core": len(TENSOR_CORE.findall(code)),
-    }
-
-
-def static():
-    print(
-        "Registers of a thread, KiB of shared memory and matrix instructions of a program (limits in KiB), no spills:\n"
-    )
-    print("| kernel | type |", " | ".join(f"sm_{sm} ({limit})" for sm, limit in SHARED_KIB.items()), "|")
-    print("| --- | --- |" + " --- |" * len(SHARED_KIB))
-    too_much = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for name, kernel, shape in kernels_to_compile(dtype):
-            cells = [name, str(dtype).removeprefix("torch.")]
-            for capability, limit in SHARED_KIB.items():
-                report = build(kernel, shape, dtype, capability)
-                cells.append(f"{report['registers']}, {report['shared'] / 1024:.0f}, {report['tensor-core']}")
-                if report["spilled"] or report["shared"] > limit * 1024:
-                    too_much.append(f"{name} of {dtype} on sm_{capability}: {report}")
-            print(f"| {' | '.join(cells)} |", flush=True)
-    if too_much:
-        raise UserError(f"spilled registers or too much shared memory: {'; '.join(too_much)}")
-    print("\nThe floor at D = 512 in bfloat16: four products of 2·N·M·D, and each byte that has to move once\n")
-    print("| N = M | TFLOP | ms at 790 TFLOP/s | MB of features and gradients | MB of K, written and read twice |")
-    print("| --- | --- | --- | --- | --- |")
-    for size in SIZES:
-        flop, features, K = 4 * 2 * size * size * D, 4 * size * D * 2, 3 * size * size * 2
-        print(f"| {size:,} | {flop / 1e12:.3f} | {flop / 790e12 * 1e3:.3f} | {features / 1e6:.1f} | {K / 1e6:,.0f} |")
+def cases(quick):
+    single, half = torch.float32, torch.bfloat16
+    if quick:
+        found = [Case("loss", single, 32, 7), Case("loss", single, 256), Case("loss", half, 32, 7)]
+        found += [Case("loss", half, 256, 71), *(Case("loss", half, N) for N in (256, 1024, 32768))]
+        return [*found, Case("slerp", single, 32), Case("top_k", torch.float16, 1_000_000, 1)]
+    found = []
+    for dtype in (single, half):
+        found += [Case("loss", dtype, N, M) for N, M in ((32, 7), (32, 20), (256, 71))]
+        found += [Case("loss", dtype, N) for N in (256, 1024, 4096, 16384, 32768, 65536)]
+    found += [Case("slerp", single, N) for N in (32, 4096)]
+    return found + [Case("top_k", torch.float16, 1_000_000, Q) for Q in (1, 64)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On a GPU
+# Inputs and variants
 
 
-def eager_loss(x, y, scale):
-    """The usual lines: the whole matrix and two cross entropies."""
+def inputs(case, seed):
+    """→ tensors; those that require a gradient get one."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def features(count):
+        return torch.randn(count, D, device=DEVICE, generator=generator).to(case.dtype)
+
+    if case.function == "top_k":
+        return features(case.M), features(case.N)
+    x, y = features(case.N).requires_grad_(), features(case.M or case.N).requires_grad_()
+    if case.function == "slerp":
+        return x, y, torch.rand(case.N, device=DEVICE, generator=generator).requires_grad_()
+    scale = torch.tensor(100.0, device=DEVICE, requires_grad=True)
+    if case.M is None:
+        return x, y, scale
+    return x, y, scale, torch.arange(case.N, device=DEVICE) % case.M, torch.arange(case.M, device=DEVICE)
+
+
+def eager_pairs(x, y, scale):
     S = scale * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
-    target = torch.arange(len(x), device=x.device)
+    target = torch.arange(x.shape[0], device=x.device)
     return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
 
 
-def variants():
-    losses = {"this": contrastive_loss, "eager": eager_loss, "torch.compile": torch.compile(eager_loss, dynamic=False)}
-    try:
-        from inf_cl import cal_inf_loss
-    except ImportError:
-        return losses
-
-    def inf_cl(x, y, scale):
-        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-        return (cal_inf_loss(x, y, scale=scale) + cal_inf_loss(y, x, scale=scale)) / 2
-
-    return losses | {"inf_cl": inf_cl}
+def eager_labels(x, y, scale, x_labels, y_labels):
+    S = (scale * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T).float()
+    P = (x_labels[:, None] == y_labels).float()
+    total = 0
+    for logits, positive in ((S, P), (S.T, P.T)):
+        count = positive.sum(1)
+        of_row = -(logits.log_softmax(1) * positive).sum(1) / count.clamp(min=1)
+        total = total + of_row.sum() / (count > 0).sum().clamp(min=1)
+    return total / 2
 
 
-def call(loss, x, y, scale):
-    return torch.autograd.grad(loss(x, y, scale), (x, y, scale))
+def inf_cl(x, y, scale):
+    from inf_cl import cal_flash_loss
+
+    x, y = F.normalize(x.float(), dim=1), F.normalize(y.float(), dim=1)
+    return (cal_flash_loss(x, y, scale=scale).mean() + cal_flash_loss(y, x, scale=scale).mean()) / 2
 
 
-def inputs(size, dtype, copies):
-    generator = torch.Generator("cuda").manual_seed(size)
-
-    def feature():
-        return torch.randn(size, D, device="cuda", generator=generator).to(dtype).requires_grad_()
-
-    scale = torch.tensor(100.0, device="cuda", requires_grad=True)
-    return [(feature(), feature(), scale) for _ in range(copies)]
+def library_top_k(queries, gallery, k):
+    return (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk(k)
 
 
-def milliseconds(functions, sets, seconds=0.5):
+def with_gradients(function):
+    """A function of tensors → one that returns its value and gradients, those of a sum where it is no scalar."""
+
+    def call(*arguments):
+        value = function(*arguments)
+        wanted = [v for v in arguments if v.requires_grad]
+        return value, *torch.autograd.grad(value.sum() if value.dim() else value, wanted)
+
+    return call
+
+
+def variants(case):
+    """→ {name: function of the inputs that gives a tuple}, the exact one (float64) last."""
+    if case.function == "top_k":
+        found = {"this": kernels.top_k, "eager": library_top_k, "exact": search.top_k}
+        return {name: functools.partial(function, k=10) for name, function in found.items()}
+    if case.function == "slerp":
+        found = {"this": kernels.slerp, "eager": reference.slerp, "exact": reference.slerp}
+    else:
+        eager = eager_pairs if case.M is None else eager_labels
+        found = {"this": kernels.contrastive_loss, "eager": eager, "exact": reference.contrastive_loss}
+        if case.M is None:
+            found["inf_cl"] = inf_cl
+    found["torch.compile"] = torch.compile(found["eager"], dynamic=False)
+    found["exact"] = found.pop("exact")
+    return {name: with_gradients(function) for name, function in found.items()}
+
+
+def exact(case, arguments):
+    """What the error is measured against: the image gradient, slerp, or the cosines."""
+    double = [v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v for v in arguments]
+    return judged(case, variants(case)["exact"](*double))
+
+
+def judged(case, results):
+    return results[1 if case.function == "loss" else 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def milliseconds(functions, sets, seconds):
     """{name: median}; the functions take turns, the inputs too."""
-    times = {name: [] for name in functions}
+    times, spent, turn = {name: [] for name in functions}, 0.0, 0
     for function in functions.values():
         for _ in range(3):
             function(*sets[0])
-    torch.cuda.synchronize()
-    spent, turn = 0.0, 0
-    while spent < 1000 * seconds * len(functions) or turn < 10:
+    while spent < 1000 * seconds * len(functions) or turn < 5:
         for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function(*sets[turn % len(sets)])
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            if DEVICE == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function(*sets[turn % len(sets)])
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+            else:
+                start = time.perf_counter()
+                function(*sets[turn % len(sets)])
+                times[name].append(1000 * (time.perf_counter() - start))
             spent += times[name][-1]
         turn += 1
     return {name: statistics.median(values) for name, values in times.items()}
@@ -200,16 +194,18 @@ def extra_memory(function, arguments):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function(*arguments)
-    return torch.cuda.max_memory_allocated() - before - sum(v.nbytes for v in arguments)
+    gradients = sum(v.nbytes for v in arguments if v.requires_grad)
+    return torch.cuda.max_memory_allocated() - before - gradients
 
 
 def replayed(function, sets):
-    """The function as a CUDA graph for each set of inputs, so that launching from Python is not measured."""
-    graphs = {}
+    """The function as a CUDA graph for each set of inputs."""
+    graphs, stream = {}, torch.cuda.Stream()
     for arguments in sets:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first call may compile, which a graph can't hold
             function(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -218,71 +214,121 @@ def replayed(function, sets):
     return lambda x, *_: graphs[x.data_ptr()].replay()
 
 
-def matmul_ceiling(dtype, size=8192):
-    """TFLOP/s of the library's matrix product on random data."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * size**3 / milliseconds({"": torch.mm}, [(a, b)])[""] / 1e9
+def product_time(case, seconds):
+    """Milliseconds that four products of the case's size take at the rate of the library's on large matrices."""
+    size = 8192 if DEVICE == "cuda" else 64
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=case.dtype) for _ in range(2))
+    rate = size**3 / milliseconds({"": torch.mm}, [(a, b)], seconds)[""]
+    return 4 * case.N * (case.M or case.N) * D / rate
 
 
-def relative_error(gradient, exact):
-    return ((gradient.double() - exact).norm() / exact.norm()).item()
-
-
-def compare(dtype, size):
-    """→ {variant: (ms, ms as a CUDA graph or None, extra bytes, error)}; None for a variant that ran out of memory."""
-    sets = inputs(size, dtype, copies=max(2, min(64, 2**28 // (size * D * 4))))
-    x, y, scale = (v.detach().double().requires_grad_() for v in sets[0])
-    exact = call(reference.contrastive_loss, x, y, scale)[0]
-    functions = {name: functools.partial(call, loss) for name, loss in variants().items()}
-    memory, error, graphs, too_large = {}, {}, {}, {}
+def compare(case, seconds):
+    """→ {variant: its row's figures, or why there are none}."""
+    torch._dynamo.reset()  # it stops to compile after eight sizes
+    size = sum(v.nbytes for v in inputs(case, 0))
+    sets = [inputs(case, seed) for seed in range(max(2, min(64, 2**28 // size)))]
+    functions, figures, graphs = variants(case), {}, {}
+    target = exact(case, sets[0])
+    functions.pop("exact")
     for name, function in list(functions.items()):
         try:
-            function(*sets[0])
-            memory[name] = extra_memory(function, sets[0])
-            error[name] = relative_error(function(*sets[0])[0], exact)
-            if size <= 4096 and name != "inf_cl":
+            error = (judged(case, function(*sets[0])).double() - target).norm() / target.norm()
+            figures[name] = {"error": error.item()}
+            if DEVICE == "cuda":
+                figures[name]["memory"] = extra_memory(function, sets[0])
+            if DEVICE == "cuda" and case.N <= 4096 and name != "inf_cl":
                 graphs[name] = replayed(function, sets)
-        except torch.cuda.OutOfMemoryError:
+        except Exception as problem:  # a row says so, and the others go on
             del functions[name]
-            too_large[name] = None
-        torch.cuda.empty_cache()
-    times = milliseconds(functions, sets)
-    graph_times = milliseconds(graphs, sets) if graphs else {}
-    return {name: (times[name], graph_times.get(name), memory[name], error[name]) for name in times} | too_large
+            figures[name] = "not installed" if isinstance(problem, ImportError) else str(problem).splitlines()[0][:80]
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    del target
+    for name, ms in milliseconds(functions, sets, seconds).items():
+        figures[name]["ms"] = ms
+    for name, ms in (milliseconds(graphs, sets, seconds) if graphs else {}).items():
+        figures[name]["graph"] = ms
+    return figures
 
 
-def measure():
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}\n")
-    print("| type | N = M | variant | ms | this is faster by | graph ms | extra MB | error | TFLOP/s | of matmul |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for dtype in (torch.bfloat16, torch.float32):
-        ceiling = matmul_ceiling(dtype)
-        for size in SIZES:
-            results = compare(dtype, size)
-            for name, result in results.items():
-                cells = [str(dtype).removeprefix("torch."), f"{size:,}", name]
-                if result is None:
-                    cells += ["out of memory", *[""] * 6]
-                else:
-                    ms, graph_ms, memory, error = result
-                    rate = 4 * 2 * size * size * D / ms / 1e9
-                    cells += [f"{ms:.3f}", f"{ms / results['this'][0]:.2f}×", f"{graph_ms:.3f}" if graph_ms else ""]
-                    cells += [f"{memory / 1e6:,.0f}", f"{error:.1e}", f"{rate:.0f}", f"{rate / ceiling:.0%}"]
-                print(f"| {' | '.join(cells)} |", flush=True)
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def heading():
+    def output(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=README.parent).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    limit = output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader").splitlines()[0]
+    commit = output("git", "rev-parse", "--short", "HEAD")
+    versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}"
+    return f"{gpu}, power limit {limit}, {versions}, {datetime.date.today()}, commit {commit}"
+
+
+COLUMNS = ("", "type", "size", "variant", "ms", "of this", "graph ms", "of this", "of the floor", "extra MB", "error")
+
+
+def rows(case, figures, floor):
+    """The lines of the table for a case."""
+    size = f"{case.N:,}" + (f" × {case.M:,}" if case.M else "")
+    this = figures["this"] if isinstance(figures["this"], dict) else {}
+    for name, own in figures.items():
+        cells = [case.function, str(case.dtype).removeprefix("torch."), size, name]
+        if isinstance(own, str):
+            cells += [own, *[""] * 6]
+        else:
+            for key in ("ms", "graph"):
+                known = key in own
+                ratio = f"{own[key] / this[key]:.2f}×" if known and key in this else ""
+                cells += [f"{own[key]:.3f}" if known else "", ratio]
+            cells.append(f"{floor / own['ms']:.0%}" if case.function == "loss" and case.M is None else "")
+            cells.append(f"{own['memory'] / 1e6:,.1f}" if "memory" in own else "")
+            cells.append(f"{own['error']:.1e}")
+        yield f"| {' | '.join(cells)} |"
+
+
+def measure(chosen, seconds):
+    """Measure the cases, print the table as it grows, and return it."""
+    lines = [heading(), "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    print("\n".join(lines), flush=True)
+    for case in chosen:
+        floor = product_time(case, seconds) if case.function == "loss" else 0
+        try:
+            new = list(rows(case, compare(case, seconds), floor))
+        except Exception as problem:
+            new = [f"| {case.function} | {case.dtype} | {case.N} × {case.M} | failed: {str(problem).splitlines()[0]} |"]
+        print("\n".join(new), flush=True)
+        lines += new
+    return "\n".join(lines)
+
+
+def write_into_readme(table, file=README):
+    """Replace what stands between the two marks."""
+    text = file.read_text(encoding="utf-8")
+    begin, end = "<!-- measured -->\n", "<!-- /measured -->"
+    new = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n\n{end}", text, flags=re.DOTALL)
+    file.write_text(new, encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--static", action="store_true", help="compile only; needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, shorter")
     args = parser.parse_args()
     if triton is None:
         raise UserError("Triton for NVIDIA GPUs is not installed: pip install triton (there is none for macOS)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
     if args.static:
-        static()
-    elif torch.cuda.is_available():
-        measure()
+        from kernels import static
+
+        static.main()
+    elif DEVICE == "cuda":
+        write_into_readme(measure(cases(args.quick), seconds=0.05 if args.quick else 0.5))
     else:
         raise UserError("there is no GPU to measure on; --static compiles without one")
 

@@ -46,6 +46,15 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def as_tensor(value, dtype, device):
+    """A number or a tensor → a tensor. A number is written on the device, as a copy there would wait for the GPU."""
+    return (
+        value.to(device, dtype)
+        if isinstance(value, torch.Tensor)
+        else torch.full((), value, dtype=dtype, device=device)
+    )
+
+
 def strips(rows, columns):
     """Slices that cut the rows into strips of about CHUNK entries."""
     step = max(1, CHUNK // max(1, columns))
@@ -147,19 +156,16 @@ def online_loss(x, y, scale, x_labels, y_labels):
 # row i can add up (G ŷ)ᵢ in its registers, its fastest memory, but (Gᵀ x̂)ⱼ has parts from every walk. To add those up
 # in registers, too, takes walks down the columns, which compute S once more.
 def check_pairs(image_features, text_features, image_labels, text_labels):
-    """Returns the labels; without any, image i and text i share label i. Raises ValueError where shapes do not fit."""
+    """Raises ValueError where shapes do not fit."""
     if image_features.dim() != 2 or text_features.dim() != 2 or image_features.shape[1] != text_features.shape[1]:
         raise ValueError(f"expected (N, D) and (M, D), got {tuple(image_features.shape)}, {tuple(text_features.shape)}")
-    N, M = len(image_features), len(text_features)
+    N, M = image_features.shape[0], text_features.shape[0]
     if (image_labels is None) != (text_labels is None):
         raise ValueError("give image_labels and text_labels, or neither")
-    if image_labels is None:
-        if N != M:
-            raise ValueError(f"without labels image i belongs to text i, but there are {N} images and {M} texts")
-        image_labels = text_labels = torch.arange(N, device=image_features.device)
-    if image_labels.shape != (N,) or text_labels.shape != (M,):
+    if image_labels is None and N != M:
+        raise ValueError(f"without labels image i belongs to text i, but there are {N} images and {M} texts")
+    if image_labels is not None and (image_labels.shape != (N,) or text_labels.shape != (M,)):
         raise ValueError(f"expected labels ({N},) and ({M},), got {image_labels.shape}, {text_labels.shape}")
-    return image_labels, text_labels
 
 
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
@@ -172,9 +178,13 @@ def contrastive_loss(image_features, text_features, scale, image_labels=None, te
     Memory grows with the inputs, (N + M)·D, not as N·M. Not differentiable twice. Raises ValueError where the shapes or
     the labels do not fit together.
     """
-    image_labels, text_labels = check_pairs(image_features, text_features, image_labels, text_labels)
+    check_pairs(image_features, text_features, image_labels, text_labels)
     x, y = at_least_float32(image_features), at_least_float32(text_features)
-    scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
+    scale = as_tensor(scale, x.dtype, x.device)
+    if not len(x) or not len(y):
+        return 0 * (x.sum() + y.sum() + scale)
+    if image_labels is None:  # image i and text i share label i
+        image_labels = text_labels = torch.arange(len(x), device=x.device)
     with torch.autocast(x.device.type, enabled=False):  # at s = 100 a bfloat16 logit is off by up to 0.25
         return _ContrastiveLoss.apply(x, y, scale, image_labels, text_labels)
 
@@ -257,8 +267,8 @@ def check_slerp(a, b, t):
     if a.dim() != 2 or a.shape != b.shape:
         raise ValueError(f"expected two (N, D), got {tuple(a.shape)} and {tuple(b.shape)}")
     double = torch.float64 in (a.dtype, b.dtype)
-    t = torch.as_tensor(t, dtype=torch.float64 if double else torch.float32, device=a.device)
-    if t.dim() > 1 or (t.dim() == 1 and len(t) not in (1, len(a))):
+    t = as_tensor(t, torch.float64 if double else torch.float32, a.device)
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] not in (1, a.shape[0])):
         raise ValueError(f"expected t of shape () or ({len(a)},), got {tuple(t.shape)}")
     return t.reshape(-1)
 
@@ -288,17 +298,6 @@ def slerp(a, b, t):
         perpendicular = unit(axis - (axis * a).sum(-1, keepdim=True) * a)
     half_circle = (t * torch.pi).cos() * a + (t * torch.pi).sin() * perpendicular
     return torch.where(parallel, series, torch.where(opposite, half_circle, formula)).to(dtype)
-
-
-def top_k(queries, gallery, k):
-    """The k gallery rows most similar to each query, best first: (Q, D), (N, D) → cosines (Q, k), indices (Q, k).
-    k is cut to N. It takes strips of queries, so that memory does not grow with Q·N."""
-    queries, gallery = unit(at_least_float32(queries)), unit(at_least_float32(gallery))
-    k = min(k, len(gallery))
-    with torch.autocast(queries.device.type, enabled=False):
-        best = [(queries[rows] @ gallery.T).topk(k) for rows in strips(len(queries), len(gallery))]
-    best = best or [(queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64, device=queries.device))]
-    return torch.cat([values for values, _ in best]), torch.cat([indices for _, indices in best])
 
 
 def show_example():
@@ -346,5 +345,3 @@ if __name__ == "__main__":
     show_example()
     show_ladder()
     show_slerp()
-    values, indices = top_k(torch.eye(2, 4), torch.tensor([[0, 1.0, 0, 0], [1, 1, 0, 0], [3, 0, 0, 0]]), 2)
-    print(f"\ntop_k: the two nearest of three to each of two queries {indices.tolist()}, cosines {values.tolist()}")

@@ -118,7 +118,7 @@ def perpendicular(a, d, D):
     return direction / tl.sqrt(tl.where(square > 0, square, 1.0))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["N"])
 def forward_kernel(a, b, t, out, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     rows, d = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     unit_a, _ = load_unit(a, rows, d, N, D)
@@ -131,7 +131,7 @@ def forward_kernel(a, b, t, out, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.conste
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["N"])
 def backward_kernel(d_out, a, b, t, da, db, dt, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     rows, d = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     place, exists = rows[:, None] * D + d[None, :], (rows < N)[:, None] & (d < D)[None, :]
@@ -172,8 +172,8 @@ def slerp_forward(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     (N, D), shape = a.shape, launch_shape(a.shape[1])
     out = torch.empty_like(a)
     if N:
-        grid = (triton.cdiv(N, shape["BLOCK_N"]),)
-        forward_kernel[grid](a, b, t, out, N, D, **shape)
+        with torch.cuda.device_of(a):
+            forward_kernel[(triton.cdiv(N, shape["BLOCK_N"]),)](a, b, t, out, N, D, **shape)
     return out
 
 
@@ -183,8 +183,8 @@ def slerp_backward(grad: Tensor, a: Tensor, b: Tensor, t: Tensor) -> tuple[Tenso
     (N, D), shape = a.shape, launch_shape(a.shape[1])
     da, db, dt = (torch.empty_like(tensor) for tensor in (a, b, t))
     if N:
-        grid = (triton.cdiv(N, shape["BLOCK_N"]),)
-        backward_kernel[grid](grad, a, b, t, da, db, dt, N, D, **shape)
+        with torch.cuda.device_of(a):
+            backward_kernel[(triton.cdiv(N, shape["BLOCK_N"]),)](grad, a, b, t, da, db, dt, N, D, **shape)
     return da, db, dt
 
 
@@ -221,7 +221,7 @@ def slerp(a, b, t):
     to one that holds both. Rows that are not contiguous are copied, and t, if it is a number, is copied to the GPU."""
     t = reference.check_slerp(a, b, t)
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return slerp_forward(a.to(dtype), b.to(dtype), t.expand(len(a)))
+    return slerp_forward(a.to(dtype), b.to(dtype), t.expand(a.shape[0]))
 
 
 def main():

@@ -40,7 +40,11 @@ def test_the_figure_is_drawn(tmp_path):
         ("phantom.py", "right ear"),
         ("kernels/reference.py", "slerp"),
         ("kernels/first_steps.py", "program"),
-        ("kernels/triton_contrastive.py", "relative error"),
+        ("kernels/search.py", "the two nearest of three"),
+        ("kernels/triton_tiny.py", "relative error"),
+        ("kernels/triton_tiles.py", "5 × 1 tiles of 64 × 64"),
+        ("kernels/triton_contrastive.py", "FakeTensor"),
+        ("kernels/triton_search.py", "in plain PyTorch"),
         ("kernels/triton_slerp.py", "arccos"),
     ],
 )

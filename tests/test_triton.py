@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_kernels import exact_slerp, pairs_at, plain_loss, plain_slerp, randn, random_labels, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import reference
+from kernels import benchmark, reference, search
 
 pytest.importorskip("triton")
-from kernels import triton_contrastive
+from kernels import triton_contrastive, triton_search, triton_tiles, triton_tiny
 from kernels.triton_contrastive import contrastive_loss
 from kernels.triton_slerp import slerp
 
+pytestmark = pytest.mark.filterwarnings("error:.*encountered")  # NumPy's, of the interpreter: overflow, 0 · ∞
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[1]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -74,7 +77,7 @@ def drawn_features(N, M, D, kind, seed):
 
 
 KINDS = st.sampled_from(["random", "related", "duplicated", "zeros", "outliers"])
-SIZE, WIDTH = st.integers(1, 300), st.sampled_from([1, 7, 64, 192, 512, 768, 1024])
+SIZE, WIDTH = st.integers(1, 64) | st.integers(1, 300), st.sampled_from([1, 7, 64, 192, 512, 768, 1024])
 
 
 @given(
@@ -88,6 +91,9 @@ SIZE, WIDTH = st.integers(1, 300), st.sampled_from([1, 7, 64, 192, 512, 768, 102
     st.integers(0, 999),
 )
 @example(300, 300, 512, "pairs", 100.0, "outliers", torch.float32, 0)
+@example(64, 64, 192, "pairs", 100.0, "outliers", torch.float16, 0)
+@example(32, 7, 512, "few", 100.0, "related", torch.float32, 0)
+@example(1, 20, 7, "many", 100.0, "zeros", torch.float32, 0)
 @example(257, 129, 1024, "few", 100.0, "related", torch.bfloat16, 0)
 @examples
 def test_loss_and_gradients_are_the_plain_formulas(N, M, D, labelling, scale, kind, dtype, seed):
@@ -108,7 +114,6 @@ def test_loss_and_gradients_are_the_plain_formulas(N, M, D, labelling, scale, ki
     assert_near(actual, expected, TOLERANCE[dtype], floor=scale if D == 1 else 1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered")  # NumPy's, of the interpreter: entries beyond the matrix's edge
 @pytest.mark.parametrize("angle", [0.0, 2.8])
 def test_a_column_far_below_the_largest_logit_keeps_its_digits(angle):
     """At s = 100 the logits of the first text rise from −100; with 2.8 radians left they stay below −94, where
@@ -117,6 +122,35 @@ def test_a_column_far_below_the_largest_logit_keeps_its_digits(angle):
     x = torch.stack([angles.cos(), angles.sin()], 1)
     y = torch.tensor([[1.0, 0.0], [1.0, 0.01], [-1.0, 0.02]]).double()
     assert_near(*both_losses(x, y, 100.0, (torch.arange(200) % 3, torch.arange(3)), torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (32, 7), (32, 20), (64, 64), (17, 33)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_the_tiny_kernel_keeps_the_digits(N, M, dtype, tolerance):
+    x, y, labels = randn(N, 512), randn(M, 512, seed=1), (torch.arange(N) % M, torch.arange(M))
+    assert_near(*both_losses(x, y, 30.0, labels, dtype), tolerance)
+
+
+@pytest.mark.parametrize("function", [contrastive_loss, reference.contrastive_loss])
+@pytest.mark.parametrize("N, M", [(0, 4), (4, 0), (0, 0), (0, 200)])
+def test_without_rows_loss_and_gradients_are_zero(function, N, M):
+    x, y, scale = torch.ones(N, 5, device=DEVICE), torch.ones(M, 5, device=DEVICE), torch.tensor(9.0, device=DEVICE)
+    labels = torch.zeros(N, device=DEVICE).long(), torch.zeros(M, device=DEVICE).long()
+    loss, dx, dy, dscale = results(lambda *v: function(*v, *labels), x, y, scale)
+    assert dx.shape == x.shape and dy.shape == y.shape
+    assert not any(v.any() for v in (loss, dx, dy, dscale))
+
+
+def test_the_default_type_changes_nothing(monkeypatch):
+    x, y, labels = randn(70, 40).float(), randn(70, 40, seed=1).float(), random_labels(3, 70, 70)
+    call = lambda x, y: contrastive_loss(x, y, 20.0, *(v.to(DEVICE) for v in labels))  # noqa: E731
+    expected = results(call, x.to(DEVICE), y.to(DEVICE))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        actual = results(call, x.to(DEVICE), y.to(DEVICE))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 def test_without_any_positive_loss_and_gradients_are_zero():
@@ -203,7 +237,7 @@ def test_nothing_is_read_or_written_beyond_the_edges(N, M, D, dtype, monkeypatch
     scale = torch.tensor(50.0, device=DEVICE)
     expected = results(lambda *v: contrastive_loss(*v, *labels), x, y, scale)
 
-    monkeypatch.setattr(triton_contrastive, "STRIP", 40 * M)  # several strips, that no tile divides
+    monkeypatch.setattr(triton_tiles, "STRIP", 1)  # strips of 128 rows
     stripwise = results(lambda *v: contrastive_loss(*v, *labels), x, y, scale)
     assert_near(stripwise, expected, 1e-6 if dtype == torch.float32 else 1e-2)
 
@@ -213,7 +247,7 @@ def test_nothing_is_read_or_written_beyond_the_edges(N, M, D, dtype, monkeypatch
     again = [loss, *torch.autograd.grad(loss, poisoned)]
     monkeypatch.undo()
     guard.check()
-    monkeypatch.setattr(triton_contrastive, "STRIP", 40 * M)
+    monkeypatch.setattr(triton_tiles, "STRIP", 1)
     assert all(torch.equal(a.cpu(), e) for a, e in zip(again, stripwise, strict=True))
 
 
@@ -302,21 +336,16 @@ def arguments():
     return x, y, torch.tensor(20.0, device=DEVICE, requires_grad=True), *labels
 
 
-@pytest.mark.parametrize("operator", ["contrastive_forward", "contrastive_backward", "slerp_forward", "slerp_backward"])
+@pytest.mark.parametrize("operator", ["contrastive_loss", "slerp_forward", "slerp_backward"])
 def test_operators_are_well_formed(operator):
     x, y, scale, *labels = arguments()
     t = torch.linspace(0, 1, 20, device=DEVICE, requires_grad=True)
-    if operator == "contrastive_backward":
-        of_rows, of_columns = torch.ops.kernels.contrastive_forward(x, y, scale, *labels)[1:]
-        detached = [v.detach() for v in (scale, x, y, scale, *labels, of_rows, of_columns)]
-        inputs = detached
-    else:
-        inputs = {
-            "contrastive_forward": (x, y, scale, *labels),
-            "slerp_forward": (x, y, t),
-            "slerp_backward": tuple(v.detach() for v in (x, x, y, t)),
-        }[operator]
-    torch.library.opcheck(getattr(torch.ops.kernels, operator).default, tuple(inputs))
+    inputs = {
+        "contrastive_loss": (x, y, scale, *labels, [True, True, True]),
+        "slerp_forward": (x, y, t),
+        "slerp_backward": tuple(v.detach() for v in (x, x, y, t)),
+    }[operator]
+    torch.library.opcheck(getattr(torch.ops.kernels, operator).default, inputs)
 
 
 @pytest.mark.parametrize("function", ["contrastive_loss", "slerp"])
@@ -337,6 +366,77 @@ def test_compiling_autocast_and_differentiating_twice(function):
     with pytest.raises(RuntimeError, match="twice"):
         (dx,) = torch.autograd.grad(call(x, y), x, create_graph=True)
         dx.square().sum().backward()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what reaches a GPU: operators other than views and allocations, and our kernels, which do not run."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        for module in (triton_tiny, triton_tiles):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, self.counted(name))
+        # On a GPU the library multiplies bfloat16 into float32 in one launch; the CPU has to convert.
+        monkeypatch.setattr(triton_tiles, "add_product", lambda total, K, features: self.names.append("product"))
+
+    def counted(self, name):
+        class Kernel:
+            def __getitem__(_, grid):
+                return lambda *args, **kwargs: self.names.append(name)
+
+        return Kernel()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        views = {"slice", "t", "transpose", "select", "view", "expand", "detach", "alias", "as_strided", "permute"}
+        if function.namespace == "aten" and not name.startswith(("empty", "new_empty")) and name not in views:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "N, M, dtype, strip, most",
+    [
+        (32, 7, torch.float32, 2**27, 4),
+        (64, 64, torch.float16, 2**27, 4),
+        (300, 71, torch.float32, 2**27, 16),
+        (300, 300, torch.float16, 2**27, 16),
+        (300, 71, torch.float32, 1, 16 + 2 * 4),  # three strips of 128 rows
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_launches_are_few(N, M, dtype, strip, most, labelled, monkeypatch):
+    monkeypatch.setattr(triton_tiles, "STRIP", strip)
+    M = M if labelled else N
+    x, y, scale = randn(N, 16).to(dtype), randn(M, 16).to(dtype), torch.tensor(9.0)
+    labels = (torch.arange(N) % M, torch.arange(M)) if labelled else (None, None)
+    with Launches(monkeypatch) as launches:
+        # The operator's own functions: a mode does not see into an operator.
+        _, *gradients = triton_contrastive.loss_and_gradients._init_fn(x, y, scale, *labels, [True] * 3)
+        context = SimpleNamespace(dtype=dtype, saved_tensors=gradients)
+        with torch.no_grad():
+            triton_contrastive.backward(context, torch.ones(()))
+    launches.names.remove("ones")  # the incoming gradient
+    assert 0 < len(launches.names) <= most, " ".join(launches.names)
+    assert ("tiny_kernel" in launches.names) == (max(N, M) <= 64)
+
+
+def test_a_changing_number_of_texts_is_compiled_once():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(contrastive_loss, backend=backend, dynamic=True, fullgraph=True)
+    x = randn(20, 16).float().to(DEVICE)
+    for M in (5, 9, 13):
+        labels = torch.arange(20, device=DEVICE) % M, torch.arange(M, device=DEVICE)
+        y, scale = randn(M, 16, seed=1).float().to(DEVICE), torch.tensor(9.0, device=DEVICE)
+        torch.testing.assert_close(compiled(x, y, scale, *labels), contrastive_loss(x, y, scale, *labels))
+    assert len(graphs) <= 2
 
 
 def test_features_of_two_types_and_of_any_strides_in_a_compiled_step():
@@ -377,13 +477,13 @@ def test_the_packages_slerp_stays_a_function():
 def test_triton_is_for_gpus_that_it_has_tensor_cores_on(kind, capability, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    class Features:
-        is_cuda, device = kind == "cuda", torch.device(kind)
+    def features(dtype):
+        return SimpleNamespace(is_cuda=kind == "cuda", device=torch.device(kind), dtype=dtype)
 
-    Features.dtype = dtype
-    assert kernels.on_triton(Features) == expected
+    assert kernels.on_triton(features(dtype), features(dtype)) == expected
+    assert not kernels.on_triton(features(dtype), features(torch.float64))  # float32's accuracy would not do
     monkeypatch.setattr(kernels, "HAS_TRITON", False)  # on Windows
-    assert not kernels.on_triton(Features)
+    assert not kernels.on_triton(features(dtype))
 
 
 def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path):
@@ -392,11 +492,18 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.count("|") == 9 and "float" in line]
-    rows = [[cell.strip() for cell in row] for row in rows]
-    assert len(rows) == 15 and all(len(row) == 8 for row in rows)
-    for name, dtype, *architectures in rows:  # half types are multiplied on tensor cores, float32 is not
-        multiplied = [int(cell.split(",")[2]) > 0 for cell in architectures]
-        assert multiplied == [name in ("statistics", "gradient") and dtype != "float32"] * 6
+    table = {(row[0].strip(), row[1].strip()): [cell.strip().split(", ") for cell in row[2:]] for row in rows}
+    kernels_of = {"tiny", "measure", "statistics", "gradient", "combine", "loss", "project", "slerp", "cosines"}
+    assert len(rows) == 57 and {name.split(",")[0].split()[0] for name, _ in table} == kernels_of
+    for (name, dtype), architectures in table.items():
+        assert len(architectures) == 6
+        half = name.startswith(("tiny", "statistics", "gradient")) and dtype != "float32"
+        multiplies = half or name == "cosines"
+        assert [int(cell[2]) > 0 for cell in architectures] == [multiplies] * 6
+    h100 = {
+        name: float(cells[3][3]) for (name, dtype), cells in table.items() if dtype == "bfloat16" and len(cells[3]) > 3
+    }
+    assert h100["statistics"] <= 48 and h100["gradient"] <= 23  # instructions for each entry of a tile
 
 
 WITHOUT_TRITON = """
@@ -424,6 +531,54 @@ def test_the_benchmark_explains_itself_and_refuses_in_one_line(command, interpre
     result = subprocess.run(command, **options)
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and reason in result.stderr
+
+
+def test_the_benchmark_goes_on_where_a_variant_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kernels, "contrastive_loss", contrastive_loss)  # on the CPU, in the interpreter
+    monkeypatch.setattr(kernels, "top_k", triton_search.top_k)
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("there is too little memory\nand more lines")
+
+    monkeypatch.setattr(benchmark, "eager_labels", fails)
+    case = benchmark.Case
+    table = benchmark.measure([case("loss", torch.float32, 8, 3), case("top_k", torch.float16, 40, 2)], seconds=0.001)
+    assert table == capsys.readouterr().out.rstrip("\n")
+    rows = {
+        tuple(cells[1:5]): cells[5:-1]
+        for cells in ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+        if len(cells) > 5
+    }
+    this, failed = (rows["loss", "float32", "8 × 3", name] for name in ("this", "eager"))
+    assert float(this[0]) > 0 and float(this[-1]) < 1e-5
+    assert failed[0] == "there is too little memory"
+    assert float(rows["top_k", "float16", "40 × 2", "this"][-1]) < 1e-5
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n", encoding="utf-8")
+    benchmark.write_into_readme(table, readme)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and table in text and "old" not in text
+    assert "<!-- measured -->" in benchmark.README.read_text(encoding="utf-8")
+
+
+# --- top-k search ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 20), st.integers(0, 200), st.sampled_from([1, 33, 64]), st.integers(1, 40), DTYPES, st.booleans())
+@examples
+def test_top_k_is_the_plain_one(Q, N, D, k, dtype, in_parts):
+    queries, gallery = randn(Q, D).to(DEVICE, dtype), (randn(N, D, seed=1) * 7).to(DEVICE, dtype)
+    gallery[::9] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_search, "SCORES", 50 * max(1, Q) if in_parts else 2**25)
+        values, rows = triton_search.top_k(queries, gallery, k)
+    expected, _ = search.top_k(queries.double(), gallery.double(), k)
+    assert values.shape == rows.shape == (Q, min(k, N)) and rows.dtype == torch.int64
+    torch.testing.assert_close(values.cpu(), expected.float().cpu(), rtol=0, atol=2e-6)
+    found = F.cosine_similarity(queries.double()[:, None], gallery.double()[rows], dim=2)
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=2e-6)
+    assert all(len(set(row)) == len(row) for row in rows.tolist())
 
 
 # --- on a GPU only ---------------------------------------------------------------------------------------------------
@@ -474,3 +629,41 @@ def test_fine_tuning_on_the_gpu_follows_the_cpu(tmp_path):
         lines = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
         losses[device] = torch.tensor([json.loads(line)["loss"] for line in lines])
     assert relative_error(losses["cuda"], losses["cpu"].double()) < 0.05
+
+
+@on_gpu
+def test_a_second_gpu_is_used_where_the_tensors_are():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, y, t = randn(90, 40).float(), randn(90, 40, seed=1).float(), torch.rand(90)
+    first, second = ([v.to(device) for v in (x, y, t)] for device in ("cuda:0", "cuda:1"))
+    for function in (
+        lambda x, y, t: contrastive_loss(x, y, 9.0),
+        slerp,
+        lambda x, y, t: triton_search.top_k(x, y, 3)[0],
+    ):
+        torch.testing.assert_close(function(*second).cpu(), function(*first).cpu())
+
+
+@on_gpu
+@pytest.mark.parametrize("N, M", [(32, 7), (300, 71)])
+def test_loss_and_gradients_in_a_cuda_graph(N, M):
+    x, y = (randn(n, 64, seed=n).float().to(DEVICE).requires_grad_() for n in (N, M))
+    labels = torch.arange(N, device=DEVICE) % M, torch.arange(M, device=DEVICE)
+    call = lambda: torch.autograd.grad(contrastive_loss(x, y, 20.0, *labels), (x, y))  # noqa: E731
+    expected = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(captured, expected, strict=True))
+
+
+@on_gpu
+def test_more_rows_than_a_grids_second_dimension_has():
+    N = 4_300_000
+    x, y = torch.randn(40, 16, device=DEVICE), torch.randn(N, 16, device=DEVICE)
+    labels = torch.arange(40, device=DEVICE), torch.arange(N, device=DEVICE) % 40
+    ours, exact = (f(x, y, 5.0, *labels) for f in (contrastive_loss, reference.contrastive_loss))
+    torch.testing.assert_close(ours, exact)
