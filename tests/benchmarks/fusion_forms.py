@@ -7,7 +7,7 @@
 Each form is trained with the class head on CLS tokens that are computed once, of augmented views of the training
 images. It is scored on the test images, else the validation images, paired by seed with the head alone: the mean
 difference and its 95 % interval. "last" means the control: the last level's token in place of each earlier one's, so
-that there are as many new weights and nothing new to be seen.
+that there are as many new weights and nothing new to be seen. A last line compares the two of a form directly.
 """
 
 import argparse
@@ -149,6 +149,16 @@ def train(form, levels, clip, head, train_set, test_set, seed, lr):
     return right.double().mean().item(), (1 / ranks).mean().item()
 
 
+def compare(own, other):
+    """(accuracy, MRR) of each seed → of both the mean, and in brackets the mean difference and its interval."""
+    cells = []
+    for values, others in zip(zip(*own, strict=True), zip(*other, strict=True), strict=True):
+        differences = [a - b for a, b in zip(values, others, strict=True)]
+        mean, interval = mean_and_interval(differences, [1] * len(differences))
+        cells.append(f"{sum(values) / len(values):.3f} ({mean:+.3f} ± {interval or 0:.3f})")
+    return cells
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
@@ -186,17 +196,16 @@ def main():
     for lr in args.lr:
         results = {}
         for form, levels in [("head alone", ()), *forms]:
-            own = [train(form, levels, clip, head, *data[seed], seed, lr) for seed in args.seeds]
-            results[form, tuple(levels)] = own
-            cells = []
-            for i in range(2):
-                values = [figures[i] for figures in own]
-                differences = [a - b[i] for a, b in zip(values, results["head alone", ()], strict=True)]
-                mean, interval = mean_and_interval(differences, [1] * len(differences))
-                cells.append(f"{sum(values) / len(values):.3f} ({mean:+.3f} ± {interval or 0:.3f})")
+            results[form, tuple(levels)] = [
+                train(form, levels, clip, head, *data[seed], seed, lr) for seed in args.seeds
+            ]
             weights = sum(p.numel() for n, p in Fusion(clip.visual, form, levels).named_parameters() if n[:4] != "proj")
             shown = "last" if tuple(levels) == control else ", ".join(map(str, levels))
+            cells = compare(results[form, tuple(levels)], results["head alone", ()])
             print(f"| {lr:g} | {form} | {shown} | {weights:,} | {' | '.join(cells)} |", flush=True)
+            if tuple(levels) == control:
+                cells = compare(results[form, tuple(earlier)], results[form, control])
+                print(f"| {lr:g} | {form} | levels against last | | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
