@@ -24,7 +24,8 @@ HAS_TRITON = find_spec("triton") is not None  # on Windows and macOS there is no
 
 def on_triton(*tensors):
     """Whether the Triton kernels take tensors of these types on these devices."""
-    if not (HAS_TRITON and all(tensor.is_cuda for tensor in tensors)):
+    one_gpu = all(tensor.is_cuda and tensor.device == tensors[0].device for tensor in tensors)
+    if not (HAS_TRITON and one_gpu and torch.version.hip is None):  # AMD's GPUs were not tried
         return False
     fits = all(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors)
     return fits and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)

@@ -5,7 +5,8 @@
     python -m kernels.benchmark --static   # anywhere: registers, shared memory, instructions (static.py)
 
 A time is a median, taken with GPU events, of the loss forward and backward, of slerp likewise, of a search. The
-variants take turns, and each call gets other inputs than the one before, so that none finds them in the cache. *Graph*
+variants take turns, and each call gets other inputs than the one before. Large ones come from the GPU's memory; small
+ones may lie in its cache, as in training, where they have just been computed. *Graph*
 is the time as a CUDA graph, which replays launches without Python. Extra memory is what a call takes beyond inputs and
 gradients. The error is that of the image gradient, of slerp, of the cosines found, relative, against float64.
 *Of the floor*: the loss takes four matrix products, S, S again, K y and Kᵀ x; this is the time that the library's
@@ -153,11 +154,7 @@ def variants(case):
 def exact(case, arguments):
     """What the error is measured against: the image gradient, slerp, or the cosines."""
     double = [v.detach().double().requires_grad_(v.requires_grad) if v.is_floating_point() else v for v in arguments]
-    return judged(case, variants(case)["exact"](*double))
-
-
-def judged(case, results):
-    return results[1 if case.function == "loss" else 0]
+    return variants(case)["exact"](*double)[case.function == "loss"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,17 +168,18 @@ def milliseconds(functions, sets, seconds):
         for _ in range(3):
             function(*sets[0])
     while spent < 1000 * seconds * len(functions) or turn < 5:
-        for name, function in functions.items():
+        for k, (name, function) in enumerate(functions.items()):
+            arguments = sets[(turn * len(functions) + k) % len(sets)]
             if DEVICE == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                function(*sets[turn % len(sets)])
+                function(*arguments)
                 end.record()
                 end.synchronize()
                 times[name].append(start.elapsed_time(end))
             else:
                 start = time.perf_counter()
-                function(*sets[turn % len(sets)])
+                function(*arguments)
                 times[name].append(1000 * (time.perf_counter() - start))
             spent += times[name][-1]
         turn += 1
@@ -200,7 +198,7 @@ def extra_memory(function, arguments):
 
 def replayed(function, sets):
     """The function as a CUDA graph for each set of inputs."""
-    graphs, stream = {}, torch.cuda.Stream()
+    graphs, stream, pool = {}, torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     for arguments in sets:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # the first call may compile, which a graph can't hold
@@ -208,7 +206,7 @@ def replayed(function, sets):
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             function(*arguments)
         graphs[arguments[0].data_ptr()] = graph
     return lambda x, *_: graphs[x.data_ptr()].replay()
@@ -222,9 +220,16 @@ def product_time(case, seconds):
     return 4 * case.N * (case.M or case.N) * D / rate
 
 
+def reason(problem):
+    """An exception → a line that fits into the table."""
+    if isinstance(problem, ImportError):
+        return "not installed"
+    return (str(problem).strip() or repr(problem)).splitlines()[0][:80].replace("|", "/")
+
+
 def compare(case, seconds):
     """→ {variant: its row's figures, or why there are none}."""
-    torch._dynamo.reset()  # it stops to compile after eight sizes
+    torch._dynamo.reset()  # it stops compiling after eight sizes
     size = sum(v.nbytes for v in inputs(case, 0))
     sets = [inputs(case, seed) for seed in range(max(2, min(64, 2**28 // size)))]
     functions, figures, graphs = variants(case), {}, {}
@@ -232,15 +237,19 @@ def compare(case, seconds):
     functions.pop("exact")
     for name, function in list(functions.items()):
         try:
-            error = (judged(case, function(*sets[0])).double() - target).norm() / target.norm()
+            error = (function(*sets[0])[case.function == "loss"].double() - target).norm() / target.norm()
             figures[name] = {"error": error.item()}
             if DEVICE == "cuda":
                 figures[name]["memory"] = extra_memory(function, sets[0])
-            if DEVICE == "cuda" and case.N <= 4096 and name != "inf_cl":
-                graphs[name] = replayed(function, sets)
         except Exception as problem:  # a row says so, and the others go on
             del functions[name]
-            figures[name] = "not installed" if isinstance(problem, ImportError) else str(problem).splitlines()[0][:80]
+            figures[name] = reason(problem)
+            continue
+        try:
+            if DEVICE == "cuda" and case.N <= 4096 and name != "inf_cl":
+                graphs[name] = replayed(function, sets)
+        except Exception as problem:
+            print(f"no graph of {name}: {reason(problem)}", file=sys.stderr)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
     del target
@@ -263,8 +272,8 @@ def heading():
             return "unknown"
 
     gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    limit = output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader").splitlines()[0]
-    commit = output("git", "rev-parse", "--short", "HEAD")
+    limit = output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader").split("\n")[0]
+    commit = output("git", "describe", "--always", "--dirty")
     versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}"
     return f"{gpu}, power limit {limit}, {versions}, {datetime.date.today()}, commit {commit}"
 
@@ -296,11 +305,11 @@ def measure(chosen, seconds):
     lines = [heading(), "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     print("\n".join(lines), flush=True)
     for case in chosen:
-        floor = product_time(case, seconds) if case.function == "loss" else 0
         try:
+            floor = product_time(case, seconds) if case.function == "loss" else 0
             new = list(rows(case, compare(case, seconds), floor))
         except Exception as problem:
-            new = [f"| {case.function} | {case.dtype} | {case.N} × {case.M} | failed: {str(problem).splitlines()[0]} |"]
+            new = list(rows(case, {"this": f"failed: {reason(problem)}"}, 0))
         print("\n".join(new), flush=True)
         lines += new
     return "\n".join(lines)
@@ -328,6 +337,8 @@ def main():
 
         static.main()
     elif DEVICE == "cuda":
+        if torch.cuda.get_device_capability() < (8, 0):
+            raise UserError("this GPU is older than Triton's tensor cores (compute capability 8.0); nothing to measure")
         write_into_readme(measure(cases(args.quick), seconds=0.05 if args.quick else 0.5))
     else:
         raise UserError("there is no GPU to measure on; --static compiles without one")

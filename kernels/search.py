@@ -26,9 +26,18 @@ def best_so_far(parts, k):
     return best
 
 
+def check_search(queries, gallery):
+    """Raises ValueError where shapes do not fit."""
+    if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f"expected (Q, D) and (N, D), got {tuple(queries.shape)} and {tuple(gallery.shape)}")
+
+
+@torch.no_grad()
 def top_k(queries, gallery, k):
     """The k gallery rows most similar to each query, best first: (Q, D), (N, D) → cosines (Q, k), indices (Q, k).
-    k is cut to N. The gallery is read once, strip by strip, and neither copied nor compared all at once."""
+    k is cut to N. The gallery is read once, strip by strip, and neither copied nor compared all at once. There are no
+    gradients. Raises ValueError where the shapes do not fit."""
+    check_search(queries, gallery)
     queries, longer = unit(at_least_float32(queries)), max(queries.shape)
     with torch.autocast(queries.device.type, enabled=False):
         parts = (

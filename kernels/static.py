@@ -47,8 +47,6 @@ def argument_type(name, dtype):
         return "*i64"
     if name in ("K", "copy"):
         return "*fp32" if dtype == torch.float32 else "*bf16"
-    if name in ("dx", "dy"):
-        return "*fp32" if dtype == torch.float16 else POINTER[dtype]
     return POINTER[dtype] if name in ("x", "y", "a", "b", "out", "d_out", "da", "db", "gallery") else "*fp32"
 
 
@@ -67,14 +65,15 @@ def variants(dtype, capability):
         kernel = getattr(triton_tiles, f"{name}_kernel")
         found.append(Variant(name, kernel, {**tile, "EVEN": True}))
         found.append(Variant(f"{name}, pairs", kernel, {**tile, "EVEN": True}, labels))
-        found.append(Variant(f"{name}, odd D", kernel, {**tile, "EVEN": False}, (), odd=True))
+        found.append(Variant(f"{name}, odd D", kernel, {**tile, "EVEN": False}, odd=True))
     found.append(Variant("combine", triton_tiles.combine_kernel, {"BLOCK_N": 64, "BLOCK_T": 16}))
     found.append(Variant("loss", triton_tiles.loss_kernel, {"BLOCK": 1024}))
     found.append(Variant("project", triton_tiles.project_kernel, row))
     found.append(Variant("slerp forward", triton_slerp.forward_kernel, row))
     found.append(Variant("slerp backward", triton_slerp.backward_kernel, row))
     found.append(Variant("cosines", triton_search.cosines_kernel, triton_search.search_shape(64)))
-    return found
+    walk = {"tiny, 64 × 64", "measure", "project", "slerp forward", "slerp backward", "cosines"}  # along D, too
+    return found + [v._replace(name=f"{v.name}, odd D", odd=True) for v in found if v.name in walk]
 
 
 def build(variant, dtype, capability):

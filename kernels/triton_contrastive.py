@@ -30,11 +30,6 @@ from kernels.triton_tiles import tiled
 from kernels.triton_tiny import TINY, tiny
 
 
-def gradient_type(dtype):
-    """Gradients wait for the incoming one, which may be large: in float16 small ones would be lost."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 @torch.library.custom_op("kernels::contrastive_loss", mutates_args=())
 def loss_and_gradients(
     x: Tensor, y: Tensor, scale: Tensor, x_labels: Tensor | None, y_labels: Tensor | None, wanted: list[bool]
@@ -55,11 +50,12 @@ def loss_and_gradients(
 
 @loss_and_gradients.register_fake
 def empty_results(x, y, scale, x_labels, y_labels, wanted):
-    dtype = gradient_type(x.dtype)
-    return scale.new_empty(()), *(x.new_empty(v.shape, dtype=dtype) for v in (x, y)), scale.new_empty(())
+    # Gradients wait for the incoming one in float32: 16 bits would round them twice, and float16 lose the small ones.
+    return scale.new_empty(()), *(x.new_empty(v.shape, dtype=torch.float32) for v in (x, y)), scale.new_empty(())
 
 
 def save_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else autograd makes zeros for the incoming gradients of dx, dy and dscale
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:])
 
@@ -67,9 +63,12 @@ def save_for_backward(ctx, inputs, output):
 def backward(ctx, grad, *_):
     if torch.is_grad_enabled():  # create_graph=True; autograd would take our gradients for constants
         raise RuntimeError("contrastive_loss can't be differentiated twice; do not pass create_graph=True")
-    dx, dy, dscale = ctx.saved_tensors
-    dx, dy = (torch.mul(d, grad, out=torch.empty_like(d, dtype=ctx.dtype)) for d in (dx, dy))
-    return dx, dy, dscale * grad, None, None, None
+    gradients, types = ctx.saved_tensors, (ctx.dtype, ctx.dtype, torch.float32)
+    found = [
+        torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype)) if needed else None
+        for gradient, dtype, needed in zip(gradients, types, ctx.needs_input_grad[:3], strict=True)
+    ]
+    return *found, None, None, None
 
 
 loss_and_gradients.register_autograd(backward, setup_context=save_for_backward)
@@ -78,14 +77,15 @@ loss_and_gradients.register_autograd(backward, setup_context=save_for_backward)
 def contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None):
     """As `kernels.reference.contrastive_loss`, on the GPU. Both features are float32, float16 or bfloat16.
 
-    It holds K, at most STRIP entries or one row, a 32nd of the matrix in logsumexps, and the gradients from forward on.
-    What else the inputs cost: features of two types are copied to a type that holds both; those that are not contiguous
-    are copied. float16 features are copied to bfloat16, which keeps 7 of their 10 digits after the binary point, for
-    gradients of more than 64 rows or columns. float32 gradients come from PyTorch's matrix product, which is in full
-    precision unless you have allowed it TF32. Triton compiles once for each type and size of block."""
+    It holds K for a strip of rows, at most STRIP entries or 128 rows, a 64th (float32: a 32nd) of the matrix in
+    logsumexps, and the gradients from forward on. What else the inputs cost: features of two types are copied to a type
+    that holds both; those that are not contiguous are copied. float16 features are copied to bfloat16, which keeps 7 of
+    their 10 binary digits, for gradients of more than 64 rows or columns. float32 gradients come from PyTorch's matrix
+    product, which is in full precision unless you have allowed it TF32. Triton compiles once for each type, size of
+    block and D, with and without labels."""
     reference.check_pairs(image_features, text_features, image_labels, text_labels)
     x, y = image_features, text_features
-    scale = reference.as_tensor(scale, torch.float32, x.device)
+    scale = reference.as_tensor(scale, torch.float32, x.device).reshape(())
     dtype = torch.promote_types(x.dtype, y.dtype)
     if dtype == torch.bfloat16 and not x.is_cuda:
         dtype = torch.float32  # Triton's interpreter (3.7) multiplies bfloat16's bit patterns as if they were integers

@@ -55,7 +55,7 @@ def search_shape(Q):
     """tl.dot takes no side below 16. In "tf32x3" three products on tensor cores, of the numbers rounded to TF32 and of
     what the rounding left, come close to full precision."""
     block_q = min(64, max(16, triton.next_power_of_2(Q)))
-    options = {"PRECISION": "tf32x3", "num_warps": 4, "num_stages": 3}
+    options = {"PRECISION": "tf32x3", "num_warps": 8 if block_q == 64 else 4, "num_stages": 3}
     return {"BLOCK_Q": block_q, "BLOCK_N": 64, "BLOCK_D": 32, **options}
 
 
@@ -68,9 +68,11 @@ def cosines(queries, gallery):
     return out
 
 
+@torch.no_grad()
 def top_k(queries, gallery, k):
     """As `kernels.search.top_k`, on the GPU. The gallery is float32, float16 or bfloat16; only one whose rows are
     not contiguous is copied."""
+    search.check_search(queries, gallery)
     queries, gallery = unit(queries.float()).contiguous(), gallery.contiguous()
     if not len(queries) or not len(gallery):
         return search.top_k(queries, gallery, k)

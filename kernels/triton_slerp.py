@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 
 from kernels import reference
+from kernels.triton_tiny import TINIEST
 
 PARALLEL, OPPOSITE = tl.constexpr(reference.PARALLEL), tl.constexpr(reference.OPPOSITE)
 PI = tl.constexpr(3.14159265358979)
@@ -51,7 +52,7 @@ def load_unit(x, rows, d, N, D):
     """A block of rows as unit vectors, (BLOCK_N, BLOCK_D) float32, and their inverse lengths, 0 for a zero vector."""
     block = tl.load(x + rows[:, None] * D + d[None, :], (rows < N)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
     square = tl.sum(block * block, 1)
-    inverse = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1)), 0)
+    inverse = tl.where(square >= TINIEST, 1 / tl.sqrt(tl.maximum(square, TINIEST)), 0)
     return block * inverse[:, None], inverse
 
 

@@ -1,4 +1,4 @@
-"""The contrastive loss in Triton where its matrix does not fit into one program: tiles, and never a matrix in memory.
+"""The contrastive loss in Triton where its matrix does not fit into one program: tiles, and never the whole matrix.
 
 `triton_tiny.py` has the same for a few images and texts, and explains K. Here the matrix is cut into tiles, and every
 tile is a program of its own:
@@ -12,13 +12,13 @@ tile is a program of its own:
              └────────────┴────────────┴─────┘
                    ↓            ↓               column_part: from each tile a logsumexp of each of its columns
 
-(Tiles of float32 features are 64 × 64.) In NumPy's words, with the inverse lengths rx, ry, and x_share, y_share, 1 /
+(Tiles of float32 features are 64 × 64.) In NumPy's words, with the inverse lengths rx, ry, and with x_each, y_each, 1 /
 number of a row's or a column's positives, all of which `measure_kernel` computes:
 
     for I, J in tiles:                                       # `statistics_kernel`; many at a time, in any order
         S = s * rx[I, None] * ry[J] * (x[I] @ y[J].T)        # stays in registers
         row_part[J, I], column_part[I, J] = logsumexp(S, axis=1), logsumexp(S, axis=0)
-        positive_part[I, J] = sum(P * S * x_share[I, None]), sum(P * S * y_share[J])
+        positive_part[I, J] = sum(P * S * x_each[I, None]), sum(P * S * y_each[J])
     row_lse = logsumexp(row_part, axis=0)                    # `combine_kernel`; column_lse likewise
     loss = ½ (sum(row_lse) - sum(positive_part[…, 0])) / rows + ½ (the same of the columns)        # `loss_kernel`
 
@@ -28,12 +28,12 @@ logarithms are to the base 2, as those are what a GPU has: S is multiplied by lo
 
 For the gradient S is computed again, which is cheaper than to store it:
 
-    G = ½ [(softmax of rows − P x_share) / rows + (softmax of columns − P y_share) / columns]
+    G = ½ [(softmax of rows − P x_each) / rows + (softmax of columns − P y_each) / columns]
 
-`gradient_kernel` writes K = rx s G ry for a strip of rows, at most STRIP entries. The library's matrix products K y and
-Kᵀ x, as fast as the hardware goes, do most of the rest; `project_kernel` takes away the part along x̂. The scale gets,
-by step 4 of `reference.py`, ∂loss/∂s = Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩ = Σᵢ ⟨xᵢ, (K y)ᵢ⟩ / s. No program adds to what another one
-wrote, so the same inputs give the same bits.
+`gradient_kernel` writes K = rx s G ry for a strip of rows, at most STRIP entries or 128 rows. The library's matrix
+products K y and Kᵀ x, as fast as the hardware goes, do most of the rest; `project_kernel` takes away the part along x̂.
+The scale gets, by step 4 of `reference.py`, ∂loss/∂s = Σᵢ ⟨x̂ᵢ, (G ŷ)ᵢ⟩ = Σᵢ ⟨xᵢ, (K y)ᵢ⟩ / s. No program adds to what
+another one wrote, so the same inputs give the same bits.
 
     python kernels/triton_tiles.py       # without a GPU it runs in Triton's interpreter
 
@@ -65,14 +65,14 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 FAR = tl.constexpr(1e30)  # a logit that far below others counts as −∞: 2^(−FAR) is 0. But −∞ − (−∞) is no number
 
 # i·D + d may exceed 2³¹ now. So a tile's first address is 64-bit; what is added to it is 32-bit, which is faster. Masks
-# cost, too, where each entry needs its own. So rows behind the last one are taken for copies of it, arrays that hold a
-# number for each row are as long as whole tiles (`padded`), and so is K. What is of such rows is never used.
+# cost, too, where each entry needs its own. So rows past the last one are taken for copies of it, arrays that hold a
+# number for each row are as long as whole tiles (`padded`), and so is K. What is computed for them is never used.
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
-def measure_kernel(x, labels, other_labels, inverse, share, copy, N, M, D, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
+def measure_kernel(x, labels, other_labels, inverse, each, copy, N, M, D, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
     """For a block of rows: 1 / length, 0 for a zero vector; 1 / number of the other side's rows with the same label, 0
-    for none, and behind the last row; and, if asked for, a copy in another type."""
+    for none, and past the last row; and, if asked for, a copy in another type."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row, exists = tl.minimum(rows, N - 1), rows < N
     square = tl.zeros((BLOCK_N, BLOCK), tl.float32)
@@ -86,7 +86,7 @@ def measure_kernel(x, labels, other_labels, inverse, share, copy, N, M, D, BLOCK
     tl.store(inverse + rows, inverse_length(tl.sum(square, 1)))
 
     if labels is None:
-        tl.store(share + rows, tl.where(exists, 1.0, 0.0))
+        tl.store(each + rows, tl.where(exists, 1.0, 0.0))
     else:
         label, same = tl.load(labels + row), tl.zeros((BLOCK_N, BLOCK), tl.int32)
         for start in range(0, M, BLOCK):
@@ -94,7 +94,7 @@ def measure_kernel(x, labels, other_labels, inverse, share, copy, N, M, D, BLOCK
             other = tl.load(other_labels + columns, columns < M, other=0)
             same += (label[:, None] == other[None, :]) & (columns < M)[None, :]
         count = tl.where(exists, tl.sum(same, 1), 0)
-        tl.store(share + rows, tl.where(count > 0, 1.0 / tl.maximum(count, 1), 0.0))
+        tl.store(each + rows, tl.where(count > 0, 1.0 / tl.maximum(count, 1), 0.0))
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def product_tile(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SIZES)
 def statistics_kernel(
-    x, y, x_labels, y_labels, rx, ry, x_share, y_share, scale, row_part, column_part, positive_part, N, M, D,
+    x, y, x_labels, y_labels, rx, ry, x_each, y_each, scale, row_part, column_part, positive_part, N, M, D,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile: what it adds to each row's and each column's logsumexp, and to the sums over positives."""
@@ -144,8 +144,8 @@ def statistics_kernel(
 
     positive = tl.where(same_label(x_labels, y_labels, rows, columns, 0, N, M), S, 0.0)
     tile = 2 * (i.to(tl.int64) * tl.cdiv(M, BLOCK_M) + j)
-    tl.store(positive_part + tile, tl.sum(positive * tl.load(x_share + rows)[:, None]))
-    tl.store(positive_part + tile + 1, tl.sum(positive * tl.load(y_share + columns)[None, :]))
+    tl.store(positive_part + tile, tl.sum(positive * tl.load(x_each + rows)[:, None]))
+    tl.store(positive_part + tile + 1, tl.sum(positive * tl.load(y_each + columns)[None, :]))
 
     of_row = S + tl.where(columns < M, 0.0, -FAR)[None, :]
     row_max = tl.max(of_row, 1)
@@ -172,23 +172,23 @@ def combine_kernel(part, lse, N, TILES, BLOCK_N: tl.constexpr, BLOCK_T: tl.const
 
 
 @triton.jit
-def sum_of_positive_rows(lse, share, N, BLOCK: tl.constexpr):
+def sum_of_positive_rows(lse, each, N, BLOCK: tl.constexpr):
     """The sum of the logsumexps of rows that have a positive, and the number of these rows."""
     total, number = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        has_positive = tl.load(share + rows, rows < N, other=0) > 0
+        has_positive = tl.load(each + rows, rows < N, other=0) > 0
         total += tl.where(has_positive, tl.load(lse + rows, rows < N, other=0), 0.0)
         number += has_positive
     return tl.sum(total), tl.sum(number)
 
 
 @triton.jit(do_not_specialize=["N", "M", "TILES"], do_not_specialize_on_alignment=["N", "M", "TILES"])
-def loss_kernel(row_lse, column_lse, x_share, y_share, positive_part, loss, divisors, N, M, TILES, BLOCK: tl.constexpr):
-    """The loss, and how many rows and columns have a positive. The sums nearly cancel where the loss is small: double
-    precision keeps what float32 left of them."""
-    x_total, x_number = sum_of_positive_rows(row_lse, x_share, N, BLOCK)
-    y_total, y_number = sum_of_positive_rows(column_lse, y_share, M, BLOCK)
+def loss_kernel(row_lse, column_lse, x_each, y_each, positive_part, loss, divisors, N, M, TILES, BLOCK: tl.constexpr):
+    """One program: the loss, and how many rows and columns have a positive. The sums nearly cancel where the loss is
+    small: double precision keeps what float32 left of them."""
+    x_total, x_number = sum_of_positive_rows(row_lse, x_each, N, BLOCK)
+    y_total, y_number = sum_of_positive_rows(column_lse, y_each, M, BLOCK)
     of_rows, of_columns = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(0, TILES, BLOCK):
         tile = start + tl.arange(0, BLOCK)
@@ -202,25 +202,26 @@ def loss_kernel(row_lse, column_lse, x_share, y_share, positive_part, loss, divi
 
 
 @triton.jit
-def parts(lse, share, divisor, rows):
+def parts(lse, each, divisor, rows):
     """For rows or columns: what their softmax is multiplied by in G, and a positive; 0 for those without a positive."""
-    share, factor = tl.load(share + rows), 1.0 / tl.load(divisor)
-    return tl.load(lse + rows), tl.where(share > 0, factor, 0.0), share * factor
+    each, factor = tl.load(each + rows), 1.0 / tl.load(divisor)
+    return tl.load(lse + rows), tl.where(each > 0, factor, 0.0), each * factor
 
 
 @triton.jit(do_not_specialize=[*SIZES, "first"], do_not_specialize_on_alignment=[*SIZES, "first"])
 def gradient_kernel(
-    x, y, x_labels, y_labels, rx, ry, x_share, y_share, row_lse, column_lse, divisors, scale, K, first, N, M, D, stride,
+    x, y, x_labels, y_labels, rx, ry, x_each, y_each, row_lse, column_lse, divisors, scale, K, first, N, M, D, stride,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of K = s · G · rx · ry for a strip of rows; all that is of rows begins at the strip's, `first`."""
+    """One tile of K = s · G · rx · ry for a strip of rows; what is given of rows begins with the strip's first
+    one, which is number `first` of all."""
     i, j = tile_numbers(N, M, BLOCK_N, BLOCK_M)
     xy = product_tile(x, y, i, j, N, M, D, BLOCK_N, BLOCK_M, BLOCK_D, EVEN)
     rows, columns = i * BLOCK_N + tl.arange(0, BLOCK_N), j * BLOCK_M + tl.arange(0, BLOCK_M)
     of_row, of_column = tl.load(rx + rows) * tl.load(scale), tl.load(ry + columns)
     S = xy * (of_row * LOG2_E)[:, None] * of_column[None, :]
-    x_lse, x_weight, x_part = parts(row_lse, x_share, divisors, rows)
-    y_lse, y_weight, y_part = parts(column_lse, y_share, divisors + 1, columns)
+    x_lse, x_weight, x_part = parts(row_lse, x_each, divisors, rows)
+    y_lse, y_weight, y_part = parts(column_lse, y_each, divisors + 1, columns)
     P = same_label(x_labels, y_labels, rows, columns, first, N, M)
     G = x_weight[:, None] * tl.exp2(S - x_lse[:, None]) + y_weight[None, :] * tl.exp2(S - y_lse[None, :])
     G -= tl.where(P, x_part[:, None] + y_part[None, :], 0.0)
@@ -264,10 +265,10 @@ def padded(size):
 def measure(x, labels, other_labels, M, dtype):
     """→ inverse lengths (N,), 1 / number of positives (N,), and the features in `dtype`."""
     N, D = x.shape
-    inverse, share = (torch.empty(padded(N), dtype=torch.float32, device=x.device) for _ in range(2))
+    inverse, each = (torch.empty(padded(N), dtype=torch.float32, device=x.device) for _ in range(2))
     copy = None if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    measure_kernel[(padded(N) // 16,)](x, labels, other_labels, inverse, share, copy, N, M, D, 16, 128)
-    return inverse, share, x if copy is None else copy
+    measure_kernel[(padded(N) // 16,)](x, labels, other_labels, inverse, each, copy, N, M, D, 16, 128)
+    return inverse, each, x if copy is None else copy
 
 
 def add_product(total, K, features):
@@ -276,7 +277,7 @@ def add_product(total, K, features):
         wide = {"out_dtype": torch.float32}
     else:
         K, features, wide = K.float(), features.float(), {}
-    return torch.mm(K, features, **wide) if total is None else torch.addmm(total, K, features, **wide)
+    return torch.mm(K, features, **wide) if total is None else torch.addmm(total, K, features, out=total, **wide)
 
 
 def project(product, x, inverse, dx, along, scale):
@@ -292,19 +293,19 @@ def tiled(x, y, scale, x_labels, y_labels, loss, dx, dy, dscale, wanted):
     shape = tile_shape(x.dtype, torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0))
     # K in bfloat16 even for float16 features: its entries, about 1 / (N·M), may lie below float16's range.
     dtype = torch.bfloat16 if x.dtype == torch.float16 and any(wanted) else x.dtype
-    rx, x_share, x_factor = measure(x, x_labels, y_labels, M, dtype)
-    ry, y_share, y_factor = measure(y, y_labels, x_labels, N, dtype)
+    rx, x_each, x_factor = measure(x, x_labels, y_labels, M, dtype)
+    ry, y_each, y_factor = measure(y, y_labels, x_labels, N, dtype)
     down, across = triton.cdiv(N, shape["BLOCK_N"]), triton.cdiv(M, shape["BLOCK_M"])
     row_part, column_part, positive_part = (rx.new_empty(size) for size in ((across, N), (down, M), (down, across, 2)))
     even = D % shape["BLOCK_D"] == 0
     statistics_kernel[(down * across,)](
-        x, y, x_labels, y_labels, rx, ry, x_share, y_share, scale, row_part, column_part, positive_part, N, M, D,
+        x, y, x_labels, y_labels, rx, ry, x_each, y_each, scale, row_part, column_part, positive_part, N, M, D,
         EVEN=even, **shape,
     )  # fmt: skip
     row_lse, column_lse, divisors = torch.empty_like(rx), torch.empty_like(ry), rx.new_empty(2)
     combine_kernel[(padded(N) // 64,)](row_part, row_lse, N, across, 64, 16)
     combine_kernel[(padded(M) // 64,)](column_part, column_lse, M, down, 64, 16)
-    loss_kernel[(1,)](row_lse, column_lse, x_share, y_share, positive_part, loss, divisors, N, M, down * across, 1024)
+    loss_kernel[(1,)](row_lse, column_lse, x_each, y_each, positive_part, loss, divisors, N, M, down * across, 1024)
     if not any(wanted):
         return
     along, Kx = rx.new_empty(N), None
@@ -315,8 +316,8 @@ def tiled(x, y, scale, x_labels, y_labels, loss, dx, dy, dscale, wanted):
         rows = slice(first, min(first + strip, N))
         count = rows.stop - first
         gradient_kernel[(triton.cdiv(count, shape["BLOCK_N"]) * across,)](
-            x[rows], y, None if x_labels is None else x_labels[rows], y_labels, rx[first:], ry, x_share[first:],
-            y_share, row_lse[first:], column_lse, divisors, scale, K, first, count, M, D, stride, EVEN=even, **shape,
+            x[rows], y, None if x_labels is None else x_labels[rows], y_labels, rx[first:], ry, x_each[first:],
+            y_each, row_lse[first:], column_lse, divisors, scale, K, first, count, M, D, stride, EVEN=even, **shape,
         )  # fmt: skip
         used = K[:count, :M]
         if wanted[0] or wanted[2]:

@@ -43,6 +43,7 @@ import triton
 import triton.language as tl
 
 TINY = 64  # rows and columns of a matrix that one program holds
+TINIEST = tl.constexpr(1.1754944e-38)  # float32's smallest number with all its digits
 # Triton would compile once more for an N or M of 1, and for multiples of 16; these change from step to step.
 SIZES = ["N", "M"]
 
@@ -51,8 +52,8 @@ SIZES = ["N", "M"]
 
 @triton.jit
 def inverse_length(square):
-    """Σ x² → 1 / ‖x‖, 0 for a zero vector."""
-    return tl.where(square > 0, tl.rsqrt(tl.where(square > 0, square, 1.0)), 0.0)
+    """Σ x² → 1 / ‖x‖, 0 for a zero vector, and for one so short that the GPU takes its square for 0."""
+    return tl.where(square >= TINIEST, tl.rsqrt(tl.maximum(square, TINIEST)), 0.0)
 
 
 @triton.jit
