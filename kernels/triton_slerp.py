@@ -228,10 +228,7 @@ def slerp(a, b, t):
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"running {'on ' + torch.cuda.get_device_name() if device == 'cuda' else 'in the interpreter, on the CPU'}")
-    print(
-        "from (1, 0) a quarter of the way to (cos θ, sin θ), the angle in radians: slerp, exact, and what arccos of the"
-    )
-    print("cosine in float32 would make of it")
+    print("from (1, 0) a quarter of the way to (cos θ, sin θ), in radians: slerp, exact, and by arccos of the cosine")
     for theta in (0.0, 1e-4, 0.1, 1.5, 3.0):
         a = torch.tensor([[1.0, 0.0]], device=device)
         b = torch.tensor([[math.cos(theta), math.sin(theta)]], device=device)

@@ -331,11 +331,10 @@ def tiled(x, y, scale, x_labels, y_labels, loss, dx, dy, dscale, wanted):
 
 
 def main():
-    N, M = 300, 7
+    N, M, shape = 300, 7, tile_shape(torch.float32, (0, 0))
     compare_with_reference(functools.partial(tiled, wanted=[True] * 3), N, M)
-    shape = tile_shape(torch.float32, (0, 0))
-    tiles = f"{triton.cdiv(N, shape['BLOCK_N'])} × {triton.cdiv(M, shape['BLOCK_M'])}"
-    print(f"{N} images and {M} texts: {tiles} tiles of {shape['BLOCK_N']} × {shape['BLOCK_M']}")
+    down, across = triton.cdiv(N, shape["BLOCK_N"]), triton.cdiv(M, shape["BLOCK_M"])
+    print(f"{N} images and {M} texts: {down} × {across} tiles of {shape['BLOCK_N']} × {shape['BLOCK_M']}")
 
 
 if __name__ == "__main__":
