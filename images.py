@@ -16,6 +16,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+# By content, whatever a file's name says. Others that Pillow knows may start a program, as EPS does Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
 # Mean and standard deviation of red, green and blue over CLIP's training images, of values from 0 to 1. CLIP expects
 # pixels with the mean subtracted and divided by the deviation.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,7 +42,7 @@ def find_files(folder, wanted):
 def load_image(path):
     """Open an image file, upright by its EXIF orientation; 16-bit grey is brought to 8 bits. Raises UserError."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=IMAGE_FORMATS) as file:
             image = ImageOps.exif_transpose(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__

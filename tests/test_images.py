@@ -198,6 +198,19 @@ def test_a_damaged_image_is_read_or_named(tmp_path, suffix):
             assert len(str(error).splitlines()) == 1
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA", "PCX"])
+def test_a_file_of_another_format_is_not_opened_whatever_its_name(tmp_path, kind):
+    """Pillow would hand EPS to Ghostscript, a program that runs what the file says."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", kind)
+    assert "cannot identify image file" in user_error(load_image, tmp_path / "x.jpg")
+
+
+def test_a_phones_jpeg_of_several_pictures_is_read(tmp_path):
+    picture = noise(40, 30)
+    picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[noise(20, 10)])
+    assert load_image(tmp_path / "phone.jpg").size == (40, 30)
+
+
 def test_a_missing_image_and_a_folder_are_named(tmp_path):
     for path in (tmp_path / "missing.png", tmp_path):
         assert str(path) in user_error(load_image, path)
