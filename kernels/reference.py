@@ -48,11 +48,9 @@ def at_least_float32(x):
 
 def as_tensor(value, dtype, device):
     """A number or a tensor → a tensor. A number is written on the device, as a copy there would wait for the GPU."""
-    return (
-        value.to(device, dtype)
-        if isinstance(value, torch.Tensor)
-        else torch.full((), value, dtype=dtype, device=device)
-    )
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def strips(rows, columns):

@@ -63,10 +63,8 @@ def same_label(x_labels, y_labels, rows, columns, first, N, M):
     if x_labels is None:
         same = first + rows[:, None] == columns[None, :]
     else:
-        x_label, y_label = (
-            tl.load(x_labels + rows, rows < N, other=0),
-            tl.load(y_labels + columns, columns < M, other=0),
-        )
+        x_label = tl.load(x_labels + rows, rows < N, other=0)
+        y_label = tl.load(y_labels + columns, columns < M, other=0)
         same = x_label[:, None] == y_label[None, :]
     return same
 
@@ -76,15 +74,13 @@ def tiny_kernel(
     x, y, x_labels, y_labels, scale, loss, dx, dy, dscale, N, M, D,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """x (N, D), y (M, D), labels (N,), (M,) or None, scale () → loss (), dx (N, D), dy (M, D), dscale (), float32."""
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     row_ok, column_ok, s = rows < N, columns < M, tl.load(scale)
 
     # x yᵀ and the lengths, in one walk along the features.
-    xy, xx, yy = (
-        tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
-        tl.zeros((BLOCK_N,), tl.float32),
-        tl.zeros((BLOCK_M,), tl.float32),
-    )
+    xy = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    xx, yy = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         a = tl.load(x + rows[:, None] * D + d[None, :], row_ok[:, None] & (d < D)[None, :], other=0)
@@ -152,11 +148,8 @@ def compare_with_reference(fill, N, M, D=512):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"running {'on ' + torch.cuda.get_device_name() if device == 'cuda' else 'in the interpreter, on the CPU'}")
-    x, y, scale = (
-        torch.randn(N, D, device=device),
-        torch.randn(M, D, device=device),
-        torch.tensor(100.0, device=device),
-    )
+    x, y = (torch.randn(n, D, device=device) for n in (N, M))
+    scale = torch.tensor(100.0, device=device)
     labels = torch.arange(N, device=device) % M, torch.arange(M, device=device)
     loss, *gradients = torch.empty_like(scale), torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
     fill(x, y, scale, *labels, loss, *gradients)
