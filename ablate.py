@@ -35,10 +35,12 @@ from typing import NamedTuple
 from cli import Parser, add_machine_flags, find_device, positive_int
 from data import class_names
 from errors import UserError, run_script
+from files import make_folder, read_json, write_json, write_text
 from pictures import curves
 from prompts import class_prompts
+from runs import claimed, finished
 from settings import Settings, add_settings
-from splits import few, load_with_copies, split_dataset, write_split
+from splits import few, load_checked, split_dataset, write_split
 from train import train
 
 OFF = {  # part: the settings that switch it off
@@ -135,7 +137,7 @@ class Trainings:
         self.untrained, self.runs, self.done = {}, set(), 0  # runs: those looked at; done: those trained now
         self.device = find_device(args.device)
         with redirect_stdout(sys.stderr):  # standard output is the table's
-            self.samples, self.duplicates = load_with_copies(settings, args.workers)
+            self.samples, self.duplicates, _ = load_checked(settings, args.workers)
 
     def run(self, row, shots=None):
         """→ [metrics of each repeat]. shots: training images of each class; None: all of them."""
@@ -144,13 +146,13 @@ class Trainings:
             name = "-".join([row.variant.name.replace("/", "_"), *([f"{shots}-shots"] if shots else []), repeat])
             run = self.args.folder / name
             self.runs.add(run)
-            if not (run / "metrics.json").exists():
+            if not finished(run):
                 print(f"{len(self.runs)} of {self.total}: training {run}", file=sys.stderr, flush=True)
                 try:
                     self.train(run, row.variant, replace(self.settings, **changes, **row.variant.changes), shots)
                 except UserError as problem:
                     raise UserError(f"{run}: {problem}") from None
-            metrics = json.loads((run / "metrics.json").read_text())
+            metrics = finished(run)
             results.append(metrics if row.trained else _untrained(metrics))
         return results
 
@@ -162,14 +164,19 @@ class Trainings:
             splits["train"] = few(splits["train"], shots, settings.seed)
         classes = class_names(splits["train"])
         prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
-        run.mkdir(parents=True, exist_ok=True)
-        write_split(run / "split.csv", splits)
         # All that decides the untrained model's figures, which are computed once. From scratch they are chance.
         key = settings.seed, settings.fold, settings.weights, variant.prompts
         known = self.untrained.get(key)
-        with open(run / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        make_folder(run)
+        with (
+            claimed(run),
+            open(run / "log.txt", "w", encoding="utf-8") as log,
+            redirect_stdout(log),
+            redirect_stderr(log),
+        ):
+            write_split(run / "split.csv", splits)
             metrics = train(run, settings, splits, prompts, self.device, self.args.workers, zero_shot=known, rounds=1)
-        (run / "last.safetensors").unlink()  # nothing is resumed in the middle of a training
+            (run / "last.safetensors").unlink()  # nothing is resumed in the middle of a training
         self.untrained[key], self.done = _untrained(metrics), self.done + 1
 
 
@@ -273,12 +280,12 @@ def numbers(text):
 
 def check_folder(folder, flags):
     """Refuse to mix the trainings of two ablations."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     kept = folder / "settings.json"
-    same = kept.exists() and json.loads(kept.read_text()) == json.loads(json.dumps(flags))
+    same = kept.exists() and read_json(kept) == json.loads(json.dumps(flags))
     if any(folder.glob("*/metrics.json")) and not same:
         raise UserError(f"{folder} holds an ablation with other flags; choose another --folder")
-    kept.write_text(json.dumps(flags, indent=2))
+    write_json(kept, flags)
 
 
 def main():
@@ -306,10 +313,10 @@ def main():
     table = markdown(summary, against, f"{len(repeats)} {'folds' if args.folds else 'seeds'}")
     content = {"settings": asdict(settings), "repeats": list(repeats), "rows": summary}
     name = f"{question}-{args.shots[0]}" if args.shots and question != "shots" else question
-    (args.folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    (args.folder / f"{name}.md").write_text(table, encoding="utf-8")
+    write_json(args.folder / f"{name}.json", content)
+    write_text(args.folder / f"{name}.md", table)
     if question == "shots":
-        (args.folder / "shots.svg").write_text(draw_shots(summary, args.shots, rows), encoding="utf-8")
+        write_text(args.folder / "shots.svg", draw_shots(summary, args.shots, rows))
     print(table, end="")
     print(f"{trainings.done} trainings in {(time.monotonic() - start) / 60:.0f} min", file=sys.stderr)
 

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, add_run_flags, find_device
+from build import encode_images
+from cli import Parser, add_run_flags, find_device, report_bad
 from data import load_dataset
-from errors import UserError, run_script
+from errors import UserError, run_script, shown
 from images import find_images
-from runs import encode_images, find_run, load_run
+from runs import find_data, find_run, load_run
 
 
 def classify(model, classes, files, device, batch_size, workers):
-    """Image files → a dict each: image, class, probability, and the probabilities of all classes, "classes"."""
-    features = encode_images(model, files, device, batch_size, workers, "classifying")
+    """Image files → a dict each, image, class, probability, and the probabilities of all classes, "classes"; and {file
+    that cannot be read: why}."""
+    bad = {}
+    features = encode_images(model, files, device, batch_size, workers, "classifying", bad)
+    files = [file for file in files if file not in bad]
     with torch.inference_mode():
         table = model.classify(features.to(device)).softmax(1).cpu().tolist()  # (files, classes)
     results = []
@@ -26,7 +30,7 @@ def classify(model, classes, files, device, batch_size, workers):
         results.append(
             {"image": str(file), "class": best, "probability": probabilities[best], "classes": probabilities}
         )
-    return results
+    return results, bad
 
 
 def main():
@@ -39,16 +43,16 @@ def main():
     args = parser.parse_args()
     files = []
     for path in args.images:
-        found = find_images(path) if path.is_dir() else [path] if path.exists() else []
+        found = find_images(path) if path.is_dir() else [path] if path.is_file() else []
         if not found:
-            raise UserError(f"there are no images in {path}" if path.is_dir() else f"there is no {path}")
+            raise UserError(f"there are no images in {path}" if path.is_dir() else f"there is no file {path}")
         files += found
     device = find_device(args.device)
     run = find_run(args.run)
     model, _, metadata = load_run(run, device, args.weights)
-    files = files or list(dict.fromkeys(s.image for s in load_dataset(args.data or metadata.settings.data)))
-    results = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
-    print(f"{len(files):,} images by {run}", file=sys.stderr)
+    files = list(dict.fromkeys(files or (s.image for s in load_dataset(find_data(args.data, metadata, run)))))
+    results, bad = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
+    print(f"{len(results):,} images by {run}", file=sys.stderr)
 
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
@@ -61,9 +65,11 @@ def main():
         for r in results:
             second = sorted(r["classes"], key=r["classes"].get)[-2]
             table.append((r["image"], r["class"], f"{r['probability']:.3f}", f"{second} {r['classes'][second]:.3f}"))
+        table = [tuple(map(shown, row)) for row in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
             print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    report_bad(bad)
 
 
 if __name__ == "__main__":

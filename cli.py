@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, shown
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -26,8 +26,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            if action.nargs is None and getattr(parsed, action.dest, None) == []:  # argparse makes this of "--flag --"
+                self.error(f"argument {action.option_strings[0]}: it lacks its value")
+        return parsed
+
     def error(self, message):
-        raise UserError(f"{message}; see python {self.prog} --help")
+        raise UserError(f"{message.removeprefix('argument ')}; see python {self.prog} --help")
 
 
 def add_machine_flags(parser):
@@ -51,10 +58,23 @@ def add_run_flags(
     add_machine_flags(parser)
 
 
-def whole_number(text, least=0):
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+def typed(kind):
+    """str, int or float → a function that makes one of a flag's text, and says in plain words where it can't."""
+    noun = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+
+    def read(text):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:100]!r} is not {noun}") from None
+
+    return read
+
+
+def whole_number(text, least=0, most=10**9):
+    number = typed(int)(text)
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text[:100]} is not from {least} to {most:,}")
     return number
 
 
@@ -71,12 +91,23 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):  # others exist, of which nothing here knows
+            raise RuntimeError
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what asks for "the" GPU gets this one, as with --device cuda:1
         return device
     except (RuntimeError, AssertionError):  # AssertionError: PyTorch without CUDA
         raise UserError(f"there is no device {name!r} on this machine; try --device cpu") from None
+
+
+def report_bad(bad):
+    """{file that was skipped: why}: say so at the end, and end with status 1."""
+    if bad:
+        for why in bad.values():
+            print(shown(why), file=sys.stderr)
+        print(f"{len(bad):,} images could not be read; the others are done", file=sys.stderr)
+        sys.exit(1)
 
 
 def mixed_precision(device):

@@ -4,28 +4,32 @@ A data set is one of
   - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
     group (a patient, say: images of one group stay on one side of a split that is drawn here) and split (train, val or
-    test);
+    test), separated by commas, semicolons or tabs;
   - the ENTRep challenge's folder, recognized by its cls.json and data.json (entrep.py);
   - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
 """
 
 import csv
-import functools
-import json
+import io
 import math
 import os
 import random
 import tempfile
-from dataclasses import dataclass
+import unicodedata
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from entrep import read_entrep
-from errors import UserError
-from images import augment, find_images, load_image, mirror_text, prefetch
+from errors import UserError, reason
+from files import parse_json, read_bytes
+from images import augment, find_images, load_image, prefetch
 from phantom import default_dataset
+from sides import mirror_label, mirror_text
 
+COLUMNS = ("image", "label", "caption", "group", "split")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -51,12 +55,39 @@ def load_dataset(path):
         samples = [Sample(*row, split=split) for *row, split in read_entrep(path)] or _read_folder(path)
     elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
         samples = _read_manifest(path)
-    elif path.exists():
+    elif os.path.exists(path):
         raise UserError(f"{path} is neither a folder nor a .csv or .jsonl manifest")
     else:
         raise UserError(f"there is no {path}; give a folder of images or a manifest with --data")
     if not samples:
         raise UserError(f"there are no images in {path}; it should have one sub-folder of images for each class")
+    return _without_contradictions([_in_utf_8(sample) for sample in samples])
+
+
+def _in_utf_8(sample):
+    """Halves of characters, as names of folders and JSON may hold them, are written out: \\udcff."""
+    texts = {name: getattr(sample, name) for name in ("label", "caption", "group")}
+    return replace(sample, **{k: t and t.encode("utf-8", "backslashreplace").decode() for k, t in texts.items()})
+
+
+def _without_contradictions(samples):
+    """An image that is there more than once, also by a link or another spelling of its path, gets one path. Raises
+    UserError where it has two labels, groups or splits."""
+    first = {}
+    for i, sample in enumerate(samples):
+        try:
+            status = os.stat(sample.image)
+            same = first.setdefault((status.st_dev, status.st_ino), sample)
+        except OSError:  # no such file; whoever opens it will say so
+            continue
+        for name in ("label", "group", "split"):
+            values = [getattr(s, name) for s in (same, sample)]
+            if values[0] != values[1]:
+                where = "" if same.image == sample.image else f" (as {sample.image})"
+                raise UserError(
+                    f"{same.image} has the {name}s {values[0]!r} and {values[1]!r}{where}; keep one of them"
+                )
+        samples[i] = replace(sample, image=same.image)
     return samples
 
 
@@ -68,35 +99,100 @@ def _read_folder(folder):
     if len(labelled) < len(files):
         stray = next(file for file in files if file.parent == folder)
         raise UserError(f"{stray} lies beside the class folders of {folder}; move it into one of them")
-    return [Sample(file, label=file.relative_to(folder).parts[0].strip()) for file in files]
+    names = {file.relative_to(folder).parts[0] for file in files}
+    for other in sorted(folder.iterdir()):
+        if other.is_dir() and other.name not in names and not other.name.startswith((".", "__MACOSX")):
+            raise UserError(f"the class folder {other} has no images; put some there, or move it away")
+    return [Sample(file, label=_name(file.relative_to(folder).parts[0])) for file in files]
+
+
+def _name(text):
+    """é may be one character or two (macOS writes so): one name for a class, whoever wrote it."""
+    return unicodedata.normalize("NFC", text.strip())
 
 
 def _read_manifest(file):
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            if file.suffix.lower() == ".csv":
-                rows = list(csv.DictReader(lines))
-            else:
-                rows = [json.loads(line) for line in lines if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is not a JSON object")
-    except (OSError, ValueError, csv.Error) as problem:
-        raise UserError(f"cannot read the manifest {file}: {problem}") from None
-    samples = []
-    for number, row in enumerate(rows, start=1):
-        row = {str(key).strip().lower(): str(value).strip() for key, value in row.items() if value is not None}
-        row = {key: value for key, value in row.items() if value}
+    rows = list((_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, _decode(file)))
+    samples, missing = [], []
+    for place, row in rows:
         if "image" not in row:
-            raise UserError(f"{file}: entry {number} has no image; the columns are image, label, caption, group, split")
+            raise UserError(f"{file}, {place}: there is no image; the columns are {', '.join(COLUMNS)}")
+        for column, text in row.items():
+            if column in COLUMNS[1:] and any("\ud800" <= c <= "\udfff" for c in text):
+                raise UserError(f"{file}, {place}: the {column} is not UTF-8; save the file as UTF-8")
+            if column in COLUMNS[1:] and text.lower() == "nan":
+                raise UserError(f"{file}, {place}: the {column} is {text!r}, a missing value of pandas; fill it in")
         image = file.parent / row["image"]
-        if not os.path.isfile(image):  # pathlib's is_file raises where a name is too long
-            raise UserError(f"{file}: entry {number} names {image}, which does not exist")
+        if not os.path.isfile(image):
+            image = file.parent / row["image"].replace("\\", "/")  # written on Windows
+        if not os.path.isfile(image):
+            missing.append(f"{row['image']} ({place})")
         split = row.get("split")
         if split is not None and split.lower() not in SPLITS:
-            raise UserError(f"{file}: entry {number} has the split {split!r}; use train, val or test")
-        split = split and SPLITS[split.lower()]
-        samples.append(Sample(image, row.get("label"), row.get("caption"), row.get("group"), split))
+            raise UserError(f"{file}, {place}: there is the split {split!r}; use train, val or test")
+        label = _name(row["label"]) if "label" in row else None
+        samples.append(Sample(image, label, row.get("caption"), row.get("group"), split and SPLITS[split.lower()]))
+    if missing:
+        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{file} names files that do not exist: {', '.join(missing[:5])}{more}; paths start from the manifest's "
+            "folder, in UTF-8"
+        )
     return samples
+
+
+def _decode(file):
+    content = read_bytes(file)
+    try:
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # Excel's "Unicode text"
+            return content.decode("utf-16")
+        return content.decode("utf-8-sig", "surrogateescape")  # the name of a file may have any bytes
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is damaged UTF-16; save it as UTF-8") from None
+
+
+def _csv_rows(file, text):
+    """Yield (place, {column: text}) of each row, without empty cells."""
+    try:
+        for delimiter in ",;\t":  # Excel's, as a country writes its numbers
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            if "image" in header:
+                break
+        else:
+            found = text.split("\n", 1)[0].strip()[:200]
+            raise UserError(f"{file} has no column named image; its first line is {found!r}, not image,label,…")
+        if len(set(header)) < len(header):
+            raise UserError(f"{file} has two columns of the same name; rename one")
+        for cells in reader:
+            place = f"line {reader.line_num}"
+            if any(cells[len(header) :]):
+                raise UserError(f"{file}, {place}: there are more cells than columns; put texts with commas in quotes")
+            row = {name: cell.strip() for name, cell in zip(header, cells, strict=False) if cell.strip()}
+            if row:
+                yield place, row
+    except csv.Error as problem:
+        raise UserError(
+            f"{file}, line {reader.line_num}: this is no CSV ({reason(problem)}); is a quotation mark missing?"
+        ) from None
+
+
+def _jsonl_rows(file, text):
+    """Yield (place, {column: text}) of each line, without empty values."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_json(line)
+            if not isinstance(entry, dict):
+                raise ValueError("it is not a JSON object")
+            wrong = [key for key, value in entry.items() if isinstance(value, (bool, list, dict))]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r} is neither a text nor a number")
+        except ValueError as problem:
+            raise UserError(f"{file}, line {number}: cannot read it ({reason(problem)}); correct it") from None
+        row = {key.strip().lower(): str(value).strip() for key, value in entry.items() if value is not None}
+        yield f"line {number}", {key: value for key, value in row.items() if value}
 
 
 def class_names(samples):
@@ -108,18 +204,30 @@ def class_names(samples):
 # Batches to train on
 
 
+def batch_of(step, count, settings):
+    """→ the epoch that a step is in, and the numbers, below `count`, of its images.
+
+    An *epoch* shows every image once, in an order of its own, in batches of nearly equal size; the epochs follow one
+    another.
+    """
+    per_epoch = math.ceil(count / settings.batch_size)
+    epoch, part = divmod(step, per_epoch)
+    return epoch, _order(settings.seed, epoch, count)[part::per_epoch]
+
+
+@lru_cache(maxsize=1)
+def _order(seed, epoch, count):
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)
+
+
 def training_batches(samples, prompts, settings, steps, size, workers):
     """Yield the batch of each step, a list of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
 
-    An *epoch* shows every image once, in an order of its own, in `per_epoch` batches of nearly equal size; the epochs
-    follow one another. All randomness comes from seed, epoch and index, so that a step has the same batch whether or
-    not training was interrupted before it, and whatever the number of workers.
+    All randomness comes from seed, epoch and index, so that a step has the same batch whether or not training was
+    interrupted before it, and whatever the number of workers.
     """
-    naive, per_epoch = settings.flip == "naive", math.ceil(len(samples) / settings.batch_size)
-
-    @functools.lru_cache(maxsize=1)
-    def order(epoch):
-        return random.Random(f"{settings.seed} {epoch}").sample(range(len(samples)), len(samples))
+    mirrored_label = {name: mirror_label(name, prompts) for name in prompts}
+    mirrored_text = lru_cache(maxsize=None)(mirror_text)
 
     def item(epoch_and_index):
         epoch, index = epoch_and_index
@@ -127,15 +235,19 @@ def training_batches(samples, prompts, settings, steps, size, workers):
         sample = samples[index]
         label, caption = sample.label, sample.caption
         # Left and right are classes: the mirror image of a left ear is a right one. Where it has no class, don't flip.
-        flip = settings.flip != "none" and (naive or mirror_text(label) in prompts) and rng.random() < 0.5
-        if flip and not naive:
-            label, caption = mirror_text(label), caption and mirror_text(caption)
+        mirrored = (label, caption)
+        if settings.flip == "swap":
+            mirrored = mirrored_label[label], caption and mirrored_text(caption)
+        understood = mirrored[0] is not None and (mirrored[1] is not None or caption is None)
+        flip = settings.flip != "none" and understood and rng.random() < 0.5
+        if flip:
+            label, caption = mirrored
         pixels = augment(load_image(sample.image), size, rng, flip)
         return pixels, label, rng.choice(prompts[label]), caption
 
     def batch(step):
-        epoch, part = divmod(step, per_epoch)
-        return [(epoch, index) for index in order(epoch)[part::per_epoch]]
+        epoch, indices = batch_of(step, len(samples), settings)
+        return [(epoch, index) for index in indices]
 
     yield from prefetch(item, map(batch, steps), workers)
 
@@ -151,7 +263,7 @@ def main():
             Image.new("RGB", (64, 48)).save(Path(folder, f"{name}.png"))
         manifest = Path(folder, "manifest.csv")
         rows = ["image,label,caption", "a.png,ear-left,cone at 7 o'clock", "b.png,ear-right,", "c.png,ear-left,"]
-        manifest.write_text("\n".join(rows))
+        manifest.write_text("\n".join(rows), encoding="utf-8")
         samples = load_dataset(manifest)
         for sample in samples:
             print(f"{sample.image.name}: {sample.label}, caption {sample.caption!r}")

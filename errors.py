@@ -1,16 +1,45 @@
-"""What a user's mistake looks like: one line that says what to do, exit status 2, never a traceback."""
+"""What goes wrong at a user's: one line that says what to do, exit status 2, never a traceback."""
 
+import errno
 import os
+import signal
 import sys
+import warnings
 
 
 class UserError(ValueError):
     """A mistake the user can mend. The message is one line: what is wrong, then what to do about it."""
 
 
+def shown(text):
+    """A name from a file or folder, fit to be printed: what is no printable character is escaped, as it might be an
+    order to the terminal (\\x1b…), a line's end, or a byte that is not UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def reason(problem):
+    """An exception → its message, or else its type."""
+    text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+    return " ".join(str(text).split())[:300]
+
+
+def advice(problem):
+    """What to do about an OSError."""
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space there, or choose another place"
+    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "change its permissions, or choose another place"
+    return "check that path and its disk"
+
+
 def run_script(main):
-    """Run a script's `main()`. A UserError is printed as `error: …` and exits with 2; any other exception is a bug of
-    ours and keeps its traceback."""
+    """Run a script's `main()`. A mistake, or a machine that is full, is printed as `error: …` and exits with 2; Ctrl-C
+    and SIGTERM exit with 130. Any other exception is a bug of ours and keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a redirected output may be in a character set without our arrows
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as Ctrl-C
+    warnings.filterwarnings("ignore", module="PIL")  # of files that are damaged but readable
     try:
         main()
         sys.stdout.flush()
@@ -18,8 +47,21 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as mistake:
-        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _fail(str(mistake))
+    except OSError as problem:
+        place = f"{problem.filename}: " if problem.filename else ""
+        _fail(f"{place}{reason(problem)}; {advice(problem)}")
+    except MemoryError:
+        _fail("out of memory; close other programs, or use a smaller --batch-size")
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem) and "can't allocate memory" not in str(problem):
+            raise
+        _fail("out of memory; use a smaller --batch-size, or --device cpu")
+    except KeyboardInterrupt as hint:
+        print("interrupted" + (f"; {shown(hint)}" if hint.args else ""), file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message):
+    print("error:", shown(" ".join(message.split())), file=sys.stderr)
+    sys.exit(2)

@@ -10,13 +10,16 @@ images, from another hospital, say; their classes should be named as the run's a
 """
 
 import json
+import re
 import sys
+from dataclasses import replace
 
 import torch
 
-from cli import Parser, add_run_flags, find_device
+from build import encode_images, encode_texts
+from cli import Parser, add_run_flags, find_device, report_bad
 from data import load_dataset
-from errors import UserError, run_script
+from errors import UserError, run_script, shown
 from metrics import (
     FEWEST_GROUPS,
     accuracy,
@@ -30,20 +33,25 @@ from metrics import (
     retrieval_intervals,
     retrieval_metrics,
 )
-from runs import encode_images, encode_texts, find_run, load_run
-from splits import scored_split, split_dataset, trained_images
+from runs import find_data, find_run, load_run
+from splits import read_split, scored_split, trained_images
 
 
-def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False):
+def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None):
     """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
     "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…"; if asked for,
     "intervals": {figure: [low, high]} of accuracy, macro-F1, and each search's R@1 and MRR (metrics.py).
 
-    A figure without a query is None: image→image search needs two groups of a class.
+    A figure without a query is None: image→image search needs two groups of a class. Images that cannot be read are put
+    into `bad`, {file: why}, and left out; without it they are a UserError.
     """
     model.eval()
     classes = metadata.classes
-    images = encode_images(model, [s.image for s in samples], device, batch_size, workers, "evaluating")  # (N, D)
+    files = [sample.image for sample in samples]
+    images = encode_images(model, files, device, batch_size, workers, "evaluating", bad)  # (N, D)
+    samples = [sample for sample in samples if sample.image not in (bad or {})]
+    if not samples:
+        raise UserError(f"none of the {len(files):,} images can be read; the first: {bad[files[0]]}")
     labels = torch.tensor([classes.index(sample.label) for sample in samples])  # (N,)
     with torch.inference_mode():
         predictions = model.classify(images.to(device)).argmax(1).cpu()
@@ -127,10 +135,10 @@ def summary(results):
 
 def table(results):
     """The figures as a table: every class, then every search."""
-    width = max(map(len, [*results["by_class"], *SEARCHES.values()]))
+    width = max(map(len, [*map(shown, results["by_class"]), *SEARCHES.values()]))
     lines = [f"{'class':{width}}  images  recall  precision"]
     for name, row in results["by_class"].items():
-        lines.append(f"{name:{width}}  {row['images']:6}  {show(row['recall']):>6}  {show(row['precision']):>9}")
+        lines.append(f"{shown(name):{width}}  {row['images']:6}  {show(row['recall']):>6}  {show(row['precision']):>9}")
     for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
         ends = interval_of(results, key)
         lines.append(f"{name} {show(results[key])}" + (f", 95 % interval {ends}" if ends else ""))
@@ -155,9 +163,19 @@ def interval_of(results, key):
 
 
 def other_samples(data, run, metadata):
-    """--data → labelled samples, and a note if the run was trained on some of them. Raises UserError where labels are
-    missing or unknown to the run."""
-    samples = load_dataset(data)
+    """--data → labelled samples, and a note if the run was trained on some of them. Labels may be written in another
+    way than the run's classes: ear_left, Ear Left. Raises UserError where they are missing or unknown to the run."""
+
+    def plain(name):
+        return re.sub(r"[\W_]+", "-", name.casefold())
+
+    samples, spelling = load_dataset(data), {}
+    for name in metadata.classes:
+        spelling.setdefault(plain(name), []).append(name)
+    for i, sample in enumerate(samples):
+        same = spelling.get(plain(sample.label or ""), [])
+        if sample.label not in metadata.classes and len(same) == 1:
+            samples[i] = replace(sample, label=same[0])
     bare = next((sample.image for sample in samples if sample.label is None), None)
     if bare:
         raise UserError(f"{bare} has no label; evaluate.py needs a folder for each class, or a manifest with labels")
@@ -183,15 +201,17 @@ def main():
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
     if args.data:
-        (samples, note), name = other_samples(args.data, run, metadata), args.data
+        name = find_data(args.data, metadata, run)
+        samples, note = other_samples(name, run, metadata)
     else:
-        splits = split_dataset(load_dataset(run / "split.csv"), "manifest")
-        name, note = f"{scored_split(splits)} of {metadata.settings.data}", ""
+        data, splits = find_data(None, metadata, run), read_split(run)
+        name, note = f"{scored_split(splits)} of {data}", ""
         samples = splits[scored_split(splits)]
-    batch_size = args.batch_size or metadata.settings.batch_size
-    results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers, intervals=True)
-    print(f"{run} on the {len(samples):,} images of {name}{note}", file=sys.stderr)
+    batch_size, bad = args.batch_size or metadata.settings.batch_size, {}
+    results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers, True, bad)
+    print(shown(f"{run} on the {len(samples) - len(bad):,} images of {name}{note}"), file=sys.stderr)
     print(json.dumps(results, indent=2, ensure_ascii=False) if args.json else table(results))
+    report_bad(bad)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""From an image file to pixels, and what mirroring an image does to the words about it.
+"""From an image file to pixels.
 
 file ─ load_image ─ Pillow image ─ resize_and_crop, or augment ─ uint8 pixels ─ normalize ─ float pixels for CLIP
 """
 
+import os
 import random
-import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from errors import UserError
+from errors import UserError, advice, reason
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 # By content, whatever a file's name says. Others that Pillow knows may start a program, as EPS does Ghostscript.
@@ -24,33 +24,62 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+LARGEST = 50_000_000  # pixels; an endoscope's 4K has 8,300,000
+
+
 def find_images(folder):
-    """All image files below a folder, sorted; hidden files and the debris of macOS archives are passed over."""
-    return find_files(folder, lambda file: file.suffix.lower() in IMAGE_SUFFIXES)
+    """All image files below a folder, sorted. Hidden files and the debris of macOS archives are passed over."""
+    return find_files(folder, lambda name: Path(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
 def find_files(folder, wanted):
-    return sorted(
-        file
-        for file in Path(folder).rglob("*")
-        if wanted(file)
-        and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
+    """Files, at any depth below the folder, whose names are `wanted`, sorted. Links are followed. Raises UserError
+    where a folder cannot be read: its files would be missing without a word."""
+
+    def fail(problem):
+        raise UserError(f"cannot read {problem.filename} ({reason(problem)}); {advice(problem)}") from None
+
+    def in_view(names):
+        return [name for name in names if not name.startswith((".", "__MACOSX"))]
+
+    found, above = [], {}  # above: folder → the real paths of itself and of those above it
+    for place, folders, names in os.walk(Path(folder), onerror=fail, followlinks=True):
+        real, outer = os.path.realpath(place), above.get(os.path.dirname(place), frozenset())
+        if real in outer:  # a link to a folder that it lies in, round and round
+            folders.clear()
+            continue
+        above[place] = outer | {real}
+        folders[:] = in_view(folders)
+        found += [Path(place, name) for name in in_view(names) if wanted(name)]
+    return sorted(found)
 
 
 def load_image(path):
-    """Open an image file, upright by its EXIF orientation; 16-bit grey is brought to 8 bits. Raises UserError."""
+    """Open an image file, upright by its EXIF orientation, with 8 bits a channel. Raises UserError."""
     try:
+        if not os.path.isfile(path):  # a pipe may never end
+            raise ValueError("there is no such file")
         with Image.open(path, formats=IMAGE_FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(f"cannot read the image {path} ({reason}); repair it or move it away") from None
-    if image.mode.startswith("I"):  # 16 bits, or 32 that hold them; Pillow would clip at 255: a white image
-        values = np.asarray(image)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
-    return image
+            if file.width * file.height > LARGEST:  # before they are decoded
+                raise ValueError(f"it has {file.width} × {file.height} pixels, {LARGEST:,} are allowed")
+            return _to_8_bits(ImageOps.exif_transpose(file))
+    except Exception as problem:  # a damaged file makes a decoder stumble over anything
+        raise UserError(f"cannot read the image {path} ({reason(problem)}); repair it or move it away") from None
+
+
+def _to_8_bits(image):
+    """Grey images of more bits, which Pillow would clip at 255: white ones. Many cameras use 10, 12 or 14 of 16 bits,
+    and no file says so: it is told by the brightest pixel. Numbers with a point up to 1 mean black to white."""
+    if image.mode[0] not in "IF":
+        return image
+    values = np.nan_to_num(np.asarray(image, np.float32)).clip(0)
+    most = float(values.max())
+    if image.mode == "F" and most <= 1:
+        values *= 255
+    elif most > 255:
+        bits = 2 * -(-int(most).bit_length() // 2)
+        values /= 2.0 ** (bits - 8)
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def to_rgb(image):
@@ -63,8 +92,11 @@ def to_rgb(image):
 
 def resize_and_crop(image, size=224):
     """Pillow image → (size, size, 3) uint8: the shorter side to `size` (bicubic, antialiased), then the centre."""
-    image = to_rgb(image)
     short = min(image.size)
+    if max(image.size) > 32 * short:  # a thread, whose scaled copy would fill the memory: its middle
+        left, top = (max(0, side - 32 * short) // 2 for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
+    image = to_rgb(image)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
@@ -88,25 +120,6 @@ def preprocess(image, size=224):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation
-
-MIRRORED = {"left": "right", "right": "left", "trái": "phải", "phải": "trái"}  # English and Vietnamese
-SIDE = re.compile(rf"(?<![^\W_])({'|'.join(MIRRORED)})(?![^\W_])", re.IGNORECASE)
-CLOCK = re.compile(r"\b\d+(?:\s*(?:[-–,/&]|and|or|to)\s*\d+)*(?=\s*o['’]clock)", re.IGNORECASE)  # "5 to 7 o'clock"
-
-
-def mirror_text(text):
-    """Swap left and right in a label or caption, hours of the clock included: what it says of the mirrored image."""
-
-    def swap_side(match):
-        word = match[0]
-        other = MIRRORED.get(word.lower(), word)
-        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
-
-    def swap_hour(match):
-        return str(12 - int(match[0]) % 12) if 1 <= int(match[0]) <= 12 else match[0]
-
-    text = SIDE.sub(swap_side, text)
-    return CLOCK.sub(lambda hours: re.sub(r"\d+", swap_hour, hours[0]), text)
 
 
 def augment(image, size, rng, flip):
@@ -140,20 +153,34 @@ def look(image):
     return np.packbits(grey[:, 1:] > grey[:, :-1]), thumbnail.ravel()
 
 
-def find_duplicates(files, workers):
-    """Image files → lists of those that show the same picture, two or more each: copies, also resized or compressed
-    again, but not cropped or mirrored ones. Memory grows with the number of files, time with its square.
+def look_at(files, workers):
+    """Decode every image file once → {file: its `look`}, {file that cannot be read: why}."""
+
+    def try_it(file):
+        try:
+            return look(load_image(file))
+        except UserError as problem:
+            return str(problem)
+
+    files = list(dict.fromkeys(files))
+    chunks = [files[i : i + 64] for i in range(0, len(files), 64)]
+    answers = dict(zip(files, (a for chunk in prefetch(try_it, chunks, workers) for a in chunk), strict=True))
+    bad = {file: answer for file, answer in answers.items() if isinstance(answer, str)}
+    return {file: answer for file, answer in answers.items() if file not in bad}, bad
+
+
+def find_duplicates(looks):
+    """{file: its `look`} → lists of those that show the same picture, two or more each: copies, also resized or
+    compressed again, but not cropped or mirrored ones. Memory grows with the number of files, time with its square.
 
     Two are copies if their hashes differ in at most NEAR_BITS, and their thumbnails by at most NEAR_GREYS on average.
     Saved again as JPEG of quality 50 at 0.7 of the size, an image differs by up to 5 bits and 1 level from itself. The
     hash alone would not do: some different phantoms have the same one, but their thumbnails differ by 3.3 levels or
     more. Of 139 frames of real videos no two with similar hashes are nearer than 4 levels.
     """
-    files = list(dict.fromkeys(files))
-    if not files:
+    if not looks:
         return []
-    chunks = [files[i : i + 64] for i in range(0, len(files), 64)]
-    looks = [pair for chunk in prefetch(lambda file: look(load_image(file)), chunks, workers) for pair in chunk]
+    files, looks = list(looks), list(looks.values())
     bits = np.unpackbits(np.stack([bits for bits, _ in looks]), axis=1).astype(np.float32)  # (N, 64)
     thumbnails = np.stack([thumbnail for _, thumbnail in looks])  # (N, 768)
     parent = list(range(len(files)))  # a forest: each image points towards the first one that it equals
@@ -205,8 +232,6 @@ def main():
     pixels = preprocess(image)
     print(f"image {image.size} → pixels {tuple(pixels.shape)}, mean {pixels.mean():.2f}, std {pixels.std():.2f}")
     print(f"augmented {augment(image, 224, random.Random(0), flip=True).shape}")
-    caption = "the left eardrum, cone of light at 7 o'clock"
-    print(f"mirrored, {caption!r} becomes {mirror_text(caption)!r}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from errors import UserError, run_script
+from files import locked
 
 # A caption is the site's name and the findings' ones, joined by commas. English and Vietnamese.
 SITES = {
@@ -492,9 +493,11 @@ def default_dataset():
         drawn = f"{COUNT:,} ENT phantoms, and {COUNT // 2} to test on,"
         print(f"drawing {drawn} into {DEFAULT}, once", file=sys.stderr, flush=True)
         unfinished = DEFAULT.with_suffix(".tmp")  # an interruption must not leave half a data set
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_dataset(unfinished)
-        unfinished.rename(DEFAULT)
+        with locked(DEFAULT.with_suffix(".lock"), "another program draws them; waiting for its end", wait=True):
+            if not DEFAULT.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                write_dataset(unfinished)
+                unfinished.rename(DEFAULT)
     return DEFAULT
 
 

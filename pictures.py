@@ -8,6 +8,7 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from errors import shown
 from images import load_image, to_rgb
 
 TILE, GAP, CAPTION, COLUMNS = 224, 16, 84, 5
@@ -26,7 +27,7 @@ def font(size):
 def fit(draw, text, face, width, lines=1):
     """Break a text into at most `lines` lines of a width in pixels, and cut what is left."""
     fitted = []
-    for word in text.split():
+    for word in shown(text[:300]).split():  # no card holds more
         if fitted and (draw.textlength(f"{fitted[-1]} {word}", face) <= width or len(fitted) == lines):
             fitted[-1] += f" {word}"
         else:
@@ -45,7 +46,10 @@ def class_colour(name):
 
 
 def thumbnail(file):
-    return ImageOps.pad(to_rgb(load_image(file)), (TILE, TILE), Image.Resampling.LANCZOS, color="black")
+    image = to_rgb(load_image(file))
+    scale = TILE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]  # a thread of an image has at least one pixel
+    return ImageOps.pad(image.resize(size, Image.Resampling.LANCZOS), (TILE, TILE), color="black")
 
 
 def contact_sheet(results, text, image):

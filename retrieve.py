@@ -1,44 +1,105 @@
 """Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
 
+import hashlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from build import encode_batches, encode_images, encode_texts, too_long
 from checkpoint import fingerprint, read_safetensors, write_safetensors
-from cli import Parser, add_run_flags, find_device, positive_int
+from cli import Parser, add_run_flags, find_device, positive_int, report_bad
 from data import load_dataset
-from errors import UserError, run_script
+from errors import UserError, reason, run_script, shown
+from files import whole
+from images import IMAGE_SUFFIXES
 from kernels import slerp, top_k
 from pictures import contact_sheet
-from runs import encode_images, encode_texts, find_run, load_run
+from runs import find_data, find_run, load_run
 
 
 def index_images(run, model, files, device, batch_size, workers):
-    """Image files → (N, embed_dim) embeddings, kept in the run's index.safetensors. Only images that are new, or whose
-    size or time of change differ from the index's, are encoded (a file of the same size and time goes unnoticed). The
-    index also holds the model's fingerprint: another model makes it anew."""
+    """Image files → those that can be read, their (N, embed_dim) embeddings, and {file that cannot: why}.
+
+    Embeddings are kept in the run's index.safetensors by the hash of a file's content, so that a moved or copied image
+    need not be encoded again. A file is read for its hash only if its size or one of its two times is not as the index
+    says: the second one, of the last change of anything about the file, no program can set back. The index also holds
+    the model's fingerprint: another model makes it anew.
+    """
     index, key = run / "index.safetensors", fingerprint(model)
-    known = {}
-    if index.exists():
+    hashes, known = _read_index(index, key, model.clip.config.embed_dim)  # {stamp: content's hash}, {hash: embedding}
+    stamps, bad = {}, {}
+    for file in files:
         try:
-            tensors, info = read_safetensors(index)
-            if info["model"] == key:
-                known = dict(zip(map(tuple, info["images"]), tensors["features"], strict=True))
-        except UserError:
-            pass  # damaged: it is made anew
-    images = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    new = [i for i, image in enumerate(images) if image not in known]
-    if new:
-        features = encode_images(model, [files[i] for i in new], device, batch_size, workers, "indexing")
-        known |= {images[i]: row for i, row in zip(new, features, strict=True)}
-        now = {image[0]: image for image in images}
-        # Images of other galleries stay, those that are gone or have changed do not.
-        kept = [image for image in known if now.get(image[0], image) == image and Path(image[0]).exists()]
-        write_safetensors(index, {"features": torch.stack([known[i] for i in kept])}, {"model": key, "images": kept})
-    return torch.stack([known[image] for image in images])
+            stamps[file] = stamp = _stamp(file)
+            if stamp not in hashes:
+                hashes[stamp] = _hash(file)
+        except OSError as problem:
+            bad[file] = f"cannot read the image {file} ({reason(problem)})"
+    new = [file for file, stamp in stamps.items() if hashes[stamp] not in known]
+    saved = time.monotonic()
+    try:
+        for batch, features in encode_batches(model, new, device, batch_size, workers, "indexing", bad):
+            known |= {hashes[stamps[file]]: row for file, row in zip(batch, features, strict=True)}
+            if time.monotonic() - saved > 60:
+                _write_index(index, key, hashes, known, stamps)
+                saved = time.monotonic()
+    finally:  # an interrupted index keeps what it has
+        if new:
+            _write_index(index, key, hashes, known, stamps)
+    good = [file for file, stamp in stamps.items() if hashes[stamp] in known]
+    if not good:
+        raise UserError(f"none of the {len(files):,} images can be read; the first: {next(iter(bad.values()))}")
+    return good, torch.stack([known[hashes[stamps[file]]] for file in good]), bad
+
+
+def _stamp(file):
+    """What can be known of a file without reading it, hashable."""
+    status = file.stat()
+    return str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _hash(file):
+    if not file.is_file():
+        raise OSError("it is no file")
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _read_index(file, key, width):
+    """→ {stamp: hash}, {hash: embedding}; both are empty where the index is missing, damaged or of another model."""
+    try:
+        tensors, info = read_safetensors(file)
+        known = dict(zip(info["hashes"], tensors["features"], strict=True))
+        hashes = {(str(path), *map(int, numbers)): content for path, *numbers, content in info["images"]}
+        if info["model"] == key and known.keys() >= set(hashes.values()) and tensors["features"].shape[1] == width:
+            return hashes, known
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError):
+        pass
+    return {}, {}
+
+
+def _write_index(file, key, hashes, known, stamps):
+    """Images of other galleries stay, those that are gone or have changed do not."""
+    now = {stamp[0]: stamp for stamp in stamps.values()}
+    kept = {stamp: content for stamp, content in hashes.items() if content in known}
+    kept = {stamp: content for stamp, content in kept.items() if now.get(stamp[0], stamp) == stamp}
+    kept = {stamp: content for stamp, content in kept.items() if stamp[0] in now or os.path.exists(stamp[0])}
+    contents = list(dict.fromkeys(kept.values()))
+    if contents:
+        features = torch.stack([known[content] for content in contents])
+        images = [[*stamp, content] for stamp, content in kept.items()]
+        try:
+            write_safetensors(file, {"features": features}, {"model": key, "hashes": contents, "images": images})
+        except UserError as problem:  # the search needs no index
+            print(f"note: {problem}", file=sys.stderr)
 
 
 def embed_query(model, tokenizer, text, image, mix, device):
@@ -67,11 +128,11 @@ def search(model, classes, samples, gallery, query, top):
 
 
 def print_table(results):
-    names = [r["class"] or f"{r['predicted']}?" for r in results]  # no label, but a prediction
+    names = [shown(r["class"] or f"{r['predicted']}?") for r in results]  # no label, but a prediction
     width = max(map(len, ["class", *names]))
     print(f"rank  score  {'class':{width}}  image")
     for r, name in zip(results, names, strict=True):
-        print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {r['image']}")
+        print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {shown(r['image'])}")
 
 
 def parse_arguments():
@@ -84,14 +145,16 @@ def parse_arguments():
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the results to this image file")
     args = parser.parse_args()
+    args.text = args.text and args.text.strip()
     if not args.text and not args.image:
         parser.error("say what to look for with --text, --image or both")
     if not 0 <= args.mix <= 1:
         parser.error(f"--mix {args.mix} is not between 0 and 1")
     if args.image and not args.image.is_file():
         raise UserError(f"there is no {args.image}")
-    if args.sheet and args.sheet.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"{args.sheet} is no kind of image file; call it .png")
+    Image.init()
+    if args.sheet and args.sheet.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"{args.sheet} is no kind of image file that is known here; call it .png")
     if args.sheet and not args.sheet.parent.is_dir():
         raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to")
     return args
@@ -101,19 +164,23 @@ def main():
     args = parse_arguments()
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights)
-    samples = {sample.image: sample for sample in load_dataset(args.data or metadata.settings.data)}  # an image once
+    if args.text and too_long(tokenizer, [args.text], model.clip.config.context_length):
+        print("note: the text is longer than the model can read; its end is cut", file=sys.stderr)
+    samples = {sample.image: sample for sample in load_dataset(find_data(args.data, metadata, run))}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
-    gallery = index_images(run, model, list(samples), device, args.batch_size, args.workers)
+    files, gallery, bad = index_images(run, model, list(samples), device, args.batch_size, args.workers)
     query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
-    results = search(model, metadata.classes, list(samples.values()), gallery, query, args.top)
-    print(f"{len(samples):,} images searched by {run}", file=sys.stderr)
+    results = search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top)
+    print(f"{len(files):,} images searched by {run}", file=sys.stderr)
     if args.sheet:
-        contact_sheet(results, args.text, args.image).save(args.sheet)
+        with whole(args.sheet) as temporary:
+            contact_sheet(results, args.text, args.image).save(temporary, Image.EXTENSION[args.sheet.suffix.lower()])
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:
         print_table(results)
+    report_bad(bad)
 
 
 if __name__ == "__main__":

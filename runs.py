@@ -12,114 +12,75 @@
 Everything is safetensors and JSON: reading a file from elsewhere can't run code.
 """
 
+import contextlib
 import json
-import sys
+import os
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from checkpoint import fingerprint, load_base, read_safetensors
-from cli import Progress, autocast
-from data import class_names
+from build import Metadata, assemble, fingerprint_of_merges, load_trained
+from checkpoint import WEIGHTS, base_folder, fingerprint, infer_config, load_base, read_safetensors, write_safetensors
 from errors import UserError
-from fusion import FusedCLIP, default_levels
-from images import load_image, mirror_text, normalize, prefetch, resize_and_crop
-from lora import add_lora, merge_lora
-from model import CLIP, CLIPConfig
-from settings import Settings
-from tokenizer import Tokenizer, learn_merges, save_merges
+from files import locked, make_folder, parse_json, read_bytes, read_json, write_json, write_text
+from lora import merge_lora
+from model import CLIP
+from splits import hash_of, move_split, read_split
+from tokenizer import Tokenizer
 
 RUNS = Path("runs")
-# The architecture of `--weights scratch`: small enough for a laptop, deep enough for levels to mean something.
-SCRATCH = CLIPConfig(
-    embed_dim=128,
-    image_size=128,
-    patch_size=16,
-    vision_width=128,
-    vision_layers=8,
-    text_width=128,
-    text_layers=4,
-)
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What adapter.safetensors says of itself: all that is needed, beside its tensors, to build the model again."""
-
-    settings: Settings
-    classes: list[str]  # in the order of the head's rows
-    prompts: dict[str, list[str]]  # of each class
-    base: dict  # {"weights": the flag, "fingerprint": of the weights}, from scratch {"weights", "config": CLIPConfig's}
-
-    @classmethod
-    def read(cls, stored, file):
-        """stored: the file's JSON object. Raises UserError where it is not what a run's file holds."""
-        try:
-            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["settings"].items()}
-            rest = {f.name: stored[f.name] for f in fields(cls) if f.name != "settings"}
-            return cls(Settings(**settings), **rest)
-        except (KeyError, TypeError, AttributeError, UserError) as problem:
-            raise UserError(f"{file} has settings that do not fit ({problem}); train again") from None
-
-
-def start_from_scratch(texts, run):
-    """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder."""
-    run.mkdir(parents=True, exist_ok=True)
-    save_merges(learn_merges(texts, 1000), run / "merges.txt")
-    tokenizer = Tokenizer(run)
-    return CLIP(CLIPConfig(**{**asdict(SCRATCH), "vocab_size": len(tokenizer)})).initialize(), tokenizer
-
-
-def new_model(settings, prompts, samples, run):
-    """→ untrained FusedCLIP, Tokenizer, Metadata. prompts: of each class; samples: those to train on; run: the folder
-    for the merges of a model from scratch."""
-    torch.manual_seed(settings.seed)
-    scratch = settings.weights == "scratch"
-    if scratch:
-        texts = [text for texts in prompts.values() for text in texts]
-        texts += [text for s in samples if s.caption for text in (s.caption, mirror_text(s.caption))]
-        clip, tokenizer = start_from_scratch(texts, run)
-        base = {"weights": "scratch", "config": asdict(clip.config)}
-    else:
-        clip, tokenizer = load_base(settings.weights)
-        base = {"weights": settings.weights, "fingerprint": fingerprint(clip)}
-    model = assemble(clip, settings, len(prompts))
-    if scratch:  # an untrained text tower sees no difference between classes: start at random
-        torch.nn.init.normal_(model.head)
-    else:
-        model.set_head([tokenizer(texts, clip.config.context_length) for texts in prompts.values()])
-    return model, tokenizer, Metadata(settings, list(prompts), prompts, base)
-
-
-def assemble(clip, settings, num_classes):
-    """CLIP + LoRA + fusion + head as the settings say; what is to be trained, and only that, requires a gradient."""
-    if settings.full:
-        clip.requires_grad_(True)
-    else:
-        clip.requires_grad_(False)
-        clip.logit_scale.requires_grad_(True)
-        if settings.lora_rank:
-            parts = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
-            if not add_lora(clip, **{part: getattr(settings, f"lora_{part}") for part in parts}):
-                raise UserError(f"--lora-blocks: the base model has no such block; it has {len(clip.visual.blocks)}")
-    levels, last = settings.levels, len(clip.visual.blocks)
-    if levels and max(levels) > last:
-        raise UserError(f"--levels: the base model has {last} blocks, not {max(levels)}")
-    if settings.fusion != "none" and set(levels or default_levels(last)) == {last}:
-        raise UserError("--levels: there is nothing to fuse with the last block alone; name another, or --fusion none")
-    return FusedCLIP(clip, num_classes, settings.fusion, levels)
-
-
-def trained_parameters(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+NAMED = RUNS / "named-paths.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# Paths from files
+
+
+def follow(path, flag, run):
+    """A path that a run's file gives → the path. A run may come from a stranger, and make us read what it likes: only
+    what lies below the working directory or in weights/, or was named by a flag once before, is followed. Raises
+    UserError."""
+    known = read_json(NAMED) if NAMED.is_file() else []
+    inside = any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (Path.cwd(), WEIGHTS))
+    if not inside and path not in known:
+        raise UserError(f"{run} names {path}, outside of this folder; if you trust it, add {flag} {path}")
+    return path
+
+
+def remember(path):
+    """Let `follow` follow a path that a flag names, from now on."""
+    path = str(Path(path).resolve())
+    known = read_json(NAMED) if NAMED.is_file() else []
+    if path not in known and os.path.exists(path):
+        with contextlib.suppress(UserError):  # where nothing can be written, the flag is needed again
+            make_folder(NAMED.parent)
+            write_json(NAMED, [*known, path])
+
+
+def find_data(data, metadata, run):
+    """--data, by default what the run was trained on."""
+    if data is None and metadata.settings.data != "phantom":
+        return follow(metadata.settings.data, "--data", run)
+    if data not in (None, "phantom"):
+        remember(data)
+    return data or "phantom"
+
+
+def find_base(weights, base, run):
+    """--weights, by default those that the run was trained on."""
+    if weights is None and base not in ("phantom", "clip-vit-b-16", "scratch"):
+        return follow(base, "--weights", run)
+    if weights is not None and base_folder(weights) == Path(weights):
+        remember(weights)
+    return weights or base
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
 
 
 def find_run(run, file="adapter.safetensors"):
@@ -136,16 +97,74 @@ def find_run(run, file="adapter.safetensors"):
     return run
 
 
+def finished(run):
+    """→ a finished training's metrics, else None."""
+    with contextlib.suppress(UserError):
+        metrics = read_json(run / "metrics.json")
+        return metrics if isinstance(metrics, dict) and "split" in metrics else None
+
+
+def check_unused(run):
+    """Raise UserError where a new training would write over another one."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; choose another --run")
+    if (run / "last.safetensors").exists() and not finished(run):
+        raise UserError(f"{run} holds an interrupted training; go on with it by --resume, or choose another --run")
+    if (run / "adapter.safetensors").exists():
+        raise UserError(f"{run} holds a model already; choose another --run")
+
+
+@contextlib.contextmanager
+def claimed(run, new=False):
+    """Keep other trainings out of the run's folder while the block runs, and let Ctrl-C name the command that goes on.
+    new: make the folder."""
+    if new:
+        make_folder(run)
+    with locked(run / ".lock", f"another training writes to {run}; wait for its end, or choose another --run"):
+        if new:
+            check_unused(run)  # again: another training may have been faster
+        for left_over in run.glob(".*.tmp"):  # of a process that was killed
+            left_over.unlink()
+        try:
+            yield
+        except KeyboardInterrupt:
+            hint = [f"go on with: python train.py --resume --run {run}"] if (run / "last.safetensors").exists() else []
+            raise KeyboardInterrupt(*hint) from None
+
+
+def new_folder(settings):
+    """Make a folder in runs/ that is nobody else's → its path."""
+    names = (Path(path).stem.encode("utf-8", "replace").decode()[:40] for path in (settings.data, settings.weights))
+    name = "-".join([*names, time.strftime("%Y%m%d-%H%M%S")])
+    make_folder(RUNS)
+    for number in count(1):
+        run = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            run.mkdir()
+            return run
+        except FileExistsError:  # a training that began in the same second
+            continue
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted trainings
+
+
 @dataclass
 class State:
     """Where a training stands. Kept with the optimizer's tensors in last.safetensors."""
 
     zero_shot: dict  # the untrained model's figures
+    split: str  # the hash of split.csv
     step: int = 0  # finished steps
     seconds: float = 0.0  # spent on them, evaluation included
     best_score: float = -1.0
     best_step: int = 0  # after which the model was best
     scaler: dict = field(default_factory=dict)  # GradScaler's
+
+    def __post_init__(self):
+        if not all(isinstance(getattr(self, f.name), f.type) for f in fields(self)) or self.step < 0:
+            raise TypeError("a value is of another type")
 
 
 class Saved(NamedTuple):
@@ -156,49 +175,83 @@ class Saved(NamedTuple):
     tensors: dict
 
 
-def new_run(args):
-    """→ the folder to train into, its Settings, and None for what was saved there."""
-    settings = Settings.from_flags(args)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run = args.run or RUNS / f"{Path(settings.data).stem}-{Path(settings.weights).stem}-{stamp}"
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; choose another --run")
-    if (run / "adapter.safetensors").exists():
-        raise UserError(f"{run} holds a model already; choose another --run, or go on with it by --resume")
-    return run, settings, None
+def unfinished_run(run, longer):
+    """--resume's run: the newest unfinished one, or the named one. longer: it may be a finished one, too."""
+    if run is not None:
+        if not longer and finished(run):
+            raise UserError(f"{run} is finished; --resume --steps N trains on, up to N steps")
+        return find_run(run, "last.safetensors")
+    runs = sorted(RUNS.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
+    runs = [path.parent for path in runs if longer or not finished(path.parent)]
+    if not runs:
+        raise UserError(f"there is no unfinished run in {RUNS}/; give its --run, or train one without --resume")
+    return runs[-1]
 
 
-def resumed_run(run):
-    """→ the folder of an interrupted run, its Settings, and what was Saved there."""
-    run = find_run(run, "last.safetensors")
+def read_saved(run, given):
+    """→ what a run `Saved`, and its splits. given: the settings on the command line. --data and --weights may say where
+    these are now, --steps may prolong the training; any other change is a UserError."""
     file = run / "last.safetensors"
     tensors, stored = read_safetensors(file)
-    if (run / "metrics.json").exists():
-        raise UserError(f"{run} is finished, there is nothing to resume; train a new one without --resume")
+    metadata = Metadata.read(stored, file)
     try:
-        saved = Saved(Metadata.read(stored, file), State(**stored["state"]), tensors)
+        state = State(**stored["state"])
     except (KeyError, TypeError):
         raise UserError(f"{file} is of another version; train again") from None
-    return run, saved.metadata.settings, saved
+    settings = metadata.settings
+    for name, value in given.items():
+        old = getattr(settings, name)
+        if name == "steps" and value < state.step:
+            raise UserError(f"--steps {value} is less than the {state.step} steps that {run} has done; give more")
+        if value != old and name not in ("data", "weights", "steps"):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{run} was begun with {flag} {old}, not {value}; leave the flag out, or train a new run")
+    data = find_data(given.get("data"), metadata, run)
+    if data != settings.data:
+        data = os.path.abspath(data)
+        move_split(run, Path(settings.data), Path(data))
+    weights = find_base(given.get("weights"), settings.weights, run)
+    splits = read_split(run)
+    if hash_of(splits) != state.split:
+        raise UserError(f"{run / 'split.csv'} has changed since the run was begun; restore it, or train a new run")
+    settings = replace(settings, data=data, weights=weights, steps=given.get("steps", settings.steps))
+    return Saved(replace(metadata, settings=settings), state, tensors), splits
 
 
-def resume(run, saved, samples, metadata, model, optimization, device):
-    """Set model and optimizer back to where the run was interrupted → State. samples: those to train on. Raises
-    UserError where classes or weights are others than when the run was begun."""
-    if metadata.classes != class_names(samples):
-        raise UserError(f"{metadata.settings.data} has other classes than when {run} was begun; train a new run")
-    if metadata.base != saved.metadata.base:
+def resume(run, saved, metadata, model, optimization, device):
+    """Set model and optimizer back to where the run was interrupted → State. Raises UserError where the weights are
+    others than when the run was begun."""
+    if metadata.base["fingerprint"] != saved.metadata.base["fingerprint"]:
         raise UserError(f"{metadata.settings.weights} has other weights than when {run} was begun; train a new run")
     prefix = "model."
     trained = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
     load_trained(model, trained, run / "last.safetensors")
     optimization.restore(saved.tensors, device)
     optimization.scaler.load_state_dict(saved.state.scaler)
-    log = run / "metrics.jsonl"
-    lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= saved.state.step]
-    log.write_text("".join(f"{line}\n" for line in lines))
     print(f"resuming after step {saved.state.step}", flush=True)
     return saved.state
+
+
+def log(run, step, line=None):
+    """Cut metrics.jsonl after a step, and add a line, a JSON object."""
+    file, lines = run / "metrics.jsonl", []
+    for text in read_bytes(file).decode("utf-8", "replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
+            lines += [text] if parse_json(text)["step"] <= step else []
+    lines += [json.dumps(line)] if line else []
+    write_text(file, "".join(f"{text}\n" for text in lines))
+
+
+def keep(run, metadata, state, optimization, best=False):
+    """Write all that resuming needs; if it is the best model so far, also that."""
+    if best:
+        write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
+    state.scaler = optimization.scaler.state_dict()
+    write_safetensors(run / "last.safetensors", optimization.tensors(), {**asdict(metadata), "state": asdict(state)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trained models
 
 
 def load_run(run, device, weights=None, merge=True):
@@ -210,49 +263,28 @@ def load_run(run, device, weights=None, merge=True):
     file = run / "adapter.safetensors"
     tensors, stored = read_safetensors(file)
     metadata = Metadata.read(stored, file)
-    base = metadata.base
+    settings, base = metadata.settings, metadata.base
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    if ranks and ranks != {settings.lora_rank}:  # before memory is taken for what the settings say
+        raise UserError(f"{file} has adapters of another rank than its settings say; train again")
     if base["weights"] == "scratch":
-        clip, tokenizer = CLIP(CLIPConfig(**base["config"])), Tokenizer(run)
+        own = {name.removeprefix("clip."): tensor for name, tensor in tensors.items()}
+        with torch.device("meta"):  # shapes without memory: the numbers come from the file
+            clip = CLIP(infer_config(own, [], file))
+        expected = {name: tensor.shape for name, tensor in clip.state_dict().items()}
+        if any(name not in own or own[name].shape != shape for name, shape in expected.items()):
+            raise UserError(f"{file} does not fit its own settings; train again")
+        clip.load_state_dict({name: own[name] for name in expected}, assign=True)
+        tokenizer = Tokenizer(run)
+        if fingerprint_of_merges(tokenizer) != base["fingerprint"]:
+            raise UserError(f"{run / 'merges.txt'} is not what {file.name} was trained with; restore it")
     else:
-        clip, tokenizer = load_base(weights or base["weights"])
+        weights = find_base(weights, base["weights"], run)
+        clip, tokenizer = load_base(weights)
         if fingerprint(clip) != base["fingerprint"]:
-            raise UserError(f"{run} was trained on other base weights than {weights or base['weights']}; use --weights")
-    model = assemble(clip, metadata.settings, len(metadata.classes))
+            raise UserError(f"{run} was trained on other base weights than {weights}; give them by --weights")
+    model = assemble(clip, settings, len(metadata.classes))
     load_trained(model, tensors, file)
     if merge:
         merge_lora(model)
     return model.to(device).eval(), tokenizer, metadata
-
-
-def load_trained(model, tensors, file):
-    """Copy a run's tensors into the model; every trained parameter must be there, and nothing else."""
-    parameters = trained_parameters(model)
-    wrong = [n for n in parameters if n not in tensors or tensors[n].shape != parameters[n].shape]
-    wrong += tensors.keys() - parameters.keys()
-    if wrong:
-        raise UserError(f"{file} does not fit its own settings: {', '.join(sorted(wrong))}; train again")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-@torch.inference_mode()
-def encode_images(model, files, device, batch_size, workers, what="encoding"):
-    """Image files → (N, embed_dim) float32 fused embeddings on the CPU, not of unit length."""
-    size = model.clip.config.image_size
-    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    progress, features = Progress(len(files), sys.stderr), []
-    for arrays in prefetch(lambda file: resize_and_crop(load_image(file), size), batches, workers):
-        pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device))
-        with autocast(device):
-            features.append(model.encode_image(pixels).float().cpu())
-        progress(sum(map(len, features)), what)
-    return torch.cat(features) if features else torch.empty(0, model.clip.config.embed_dim)
-
-
-@torch.inference_mode()
-def encode_texts(model, tokenizer, texts, device):
-    """Texts → (N, embed_dim) float32 embeddings on the CPU, not of unit length."""
-    tokens = tokenizer(texts, model.clip.config.context_length)
-    with autocast(device):
-        return torch.cat([model.encode_text(part.to(device)).float().cpu() for part in tokens.split(256)])

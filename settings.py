@@ -5,10 +5,12 @@ a run's file.
 """
 
 import math
+from argparse import Namespace
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from checkpoint import base_folder
+from cli import typed
 from errors import UserError
 from fusion import MODES
 from lora import PROJECTIONS, TOWERS
@@ -51,19 +53,22 @@ class Settings:
         "together",
         choices=("together", "ignore"),
     )
+    skip_bad: bool = setting(bool, "go on without the images that cannot be read; by default they end it", False)
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
-    batch_size: int = setting(int, "images in a step, at most", 32, low=1)
+    batch_size: int = setting(int, "images in a step, at most", 32, low=1, high=2**16)
     steps: int = setting(
         int,
         "batches to train on, however many images there are; default: 400, from scratch 1000, on phantoms 200",
         low=1,
+        high=10**9,
     )
     lr: float = setting(
         float,
         "peak learning rate; default: 5e-4 for adapters (2e-3 on phantoms), 1e-5 with --full, 1e-3 from scratch",
         low=0,
+        high=1000,
     )
-    weight_decay: float = setting(float, "AdamW's, on matrices", 0.05, low=0)
+    weight_decay: float = setting(float, "AdamW's, on matrices", 0.05, low=0, high=1000)
     warmup: float = setting(float, "share of the steps in which the learning rate grows", 0.1, low=0, high=1)
     flip: str = setting(
         str,
@@ -76,19 +81,24 @@ class Settings:
     # From here on the method; `add_settings` puts these flags in a group of their own.
     fusion: str = setting(str, "how levels are fused, see fusion.py", "concat", choices=(*MODES, "none"))
     levels: tuple[int, ...] | None = setting(
-        int, "blocks whose CLS tokens are fused; default: those at the quarters of the depth", None, low=1, listed=True
+        int,
+        "blocks whose CLS tokens are fused; default: those at the quarters of the depth",
+        None,
+        low=1,
+        high=1000,
+        listed=True,
     )
     slerp: float = setting(float, "probability of mixing an embedding with another of its class", 0.5, low=0, high=1)
-    contrastive: float = setting(float, "weight λ of the contrastive loss", 0.5, low=0)
+    contrastive: float = setting(float, "weight λ of the contrastive loss", 0.5, low=0, high=1000)
     full: bool = setting(bool, "train every weight instead of adapters; always so from scratch", False)
-    lora_rank: int = setting(int, "dimensions of each adapter; 0: no adapters", 8, low=0)
-    lora_alpha: float = setting(float, "the adapters' output is scaled by alpha / rank", 16.0, low=0)
+    lora_rank: int = setting(int, "dimensions of each adapter; 0: no adapters", 8, low=0, high=4096)
+    lora_alpha: float = setting(float, "the adapters' output is scaled by alpha / rank", 16.0, low=0, high=1e6)
     lora_dropout: float = setting(float, "share of the adapters' inputs that is zeroed", 0.0, low=0, high=1)
     lora_projections: tuple[str, ...] = setting(
         str, f"of {', '.join(PROJECTIONS)}", ("q", "k", "v", "out"), choices=tuple(PROJECTIONS), listed=True
     )
     lora_blocks: tuple[int, ...] | None = setting(
-        int, "block numbers from 1 on; default: all", None, low=1, listed=True
+        int, "block numbers from 1 on; default: all", None, low=1, high=1000, listed=True
     )
     lora_towers: tuple[str, ...] = setting(str, f"of {', '.join(TOWERS)}", TOWERS, choices=TOWERS, listed=True)
 
@@ -125,20 +135,39 @@ def add_settings(parser):
         if f.name == "fusion":
             add = parser.add_argument_group("method").add_argument
         expected, default = f.metadata["expected"], None if f.default is MISSING else f.default
-        kind = expected["kind"]
-        options = {"help": f.metadata["help"], "default": default}
-        if kind is bool:
+        options, read = {"help": f.metadata["help"], "default": default}, typed(expected["kind"])
+        if expected["kind"] is bool:
             options["action"] = "store_true"
         elif expected["listed"]:
 
-            def listed(text, kind=kind):
-                return tuple(kind(item) for item in text.split(","))
+            def listed(text, read=read):
+                return tuple(read(item) for item in text.split(","))
 
-            listed.__name__ = "list"  # as argparse's messages call it
             options |= {"type": listed, "default": default and ",".join(default), "metavar": "A,B,…"}
         else:
-            options |= {"type": kind, "choices": expected["choices"]}
+            options |= {"type": read, "choices": expected["choices"]}
         add(_flag(f), **options)
+
+
+def given_settings(parser):
+    """→ {name: value} of the settings that stand on the command line, be it with their defaults."""
+    blank = Namespace(**{f.name: None for f in fields(Settings)})  # argparse fills in defaults where nothing stands yet
+    args = parser.parse_args(namespace=blank)
+    given = {f.name: getattr(args, f.name) for f in fields(Settings)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_idle(given, settings):
+    """Raise UserError where a flag that was given does nothing beside another one."""
+    if settings.full or not settings.lora_rank:
+        why = "--lora-rank 0" if not settings.lora_rank else "--full" if "full" in given else "--weights scratch"
+        idle = [name for name in given if name.startswith("lora_") and (name != "lora_rank" or settings.lora_rank)]
+    elif settings.fusion == "none":
+        why, idle = "--fusion none", [name for name in given if name == "levels"]
+    else:
+        return
+    if idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} does nothing with {why}; leave one of them out")
 
 
 def _flag(f):
@@ -158,7 +187,5 @@ def _describe(kind, low, high, choices, listed):
     if choices:
         noun = f"one of {', '.join(choices)}"
     elif high < math.inf:
-        noun += f" from {low:g} to {high:g}"
-    elif low > -math.inf:
-        noun += f" of {low:g} or more"
+        noun += f" from {low:,} to {high:,}"
     return f"a list, each item {noun}" if listed else noun

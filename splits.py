@@ -8,14 +8,21 @@ of five. By "group" there are none.
 """
 
 import csv
+import hashlib
+import io
+import os
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from data import Sample, class_names, load_dataset
-from errors import UserError
-from images import find_duplicates
+from data import COLUMNS, Sample, class_names, load_dataset
+from errors import UserError, reason, shown
+from files import read_bytes, write_text
+from images import find_duplicates, look_at
+from sides import describe_flips, mirror_text
+
+FEW = 30  # images to be scored: one of them is more than 0.03 of the accuracy
 
 
 def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicates=()):
@@ -70,38 +77,65 @@ def scored_split(splits):
     return "test" if splits["test"] else "val"
 
 
-def describe(splits, samples, duplicates=()):
+def describe(splits, samples, duplicates=(), bad=(), flip="swap"):
     """→ a text: how many images of each class there are on each side, and what the user should know of the split."""
     names, classes = [name for name, part in splits.items() if part], class_names(splits["train"])
     sides = ", ".join(f"{len(splits[name]):,} {name}" for name in names)
     lines = [f"{sum(map(len, splits.values())):,} images of {len(classes)} classes: {sides}"]
     counts = {name: Counter(sample.label for sample in splits[name]) for name in names}
-    width = max(map(len, classes))
-    lines += [f"  {label:{width}}  " + ", ".join(f"{counts[n][label]:,} {n}" for n in names) for label in classes]
+    width = max(len(shown(label)) for label in classes)
+    for label in classes:
+        lines.append(f"  {shown(label):{width}}  " + ", ".join(f"{counts[name][label]:,} {name}" for name in names))
     if any(sample.group for sample in samples):
         groups = [f"{len({sample.group for sample in splits[name]}):,} {name}" for name in names]
         lines.append(f"  {'groups':{width}}  " + ", ".join(groups))
+    if flip == "swap":
+        lines += ["left and right:", *map(shown, describe_flips(classes))]
+        obscure = sum(sample.caption is not None and mirror_text(sample.caption) is None for sample in splits["train"])
+        if obscure:
+            lines.append(f"  not mirrored, as the caption may name a side in words not known here: {obscure:,} images")
+    return "\n".join(lines + [f"note: {shown(note)}" for note in _notes(splits, samples, duplicates, bad)])
+
+
+def _notes(splits, samples, duplicates, bad):
+    """Yield what makes the split's figures doubtful."""
+    if bad:
+        yield f"{len(bad):,} images cannot be read and are left out"
     if duplicates:
-        lines.append(f"note: {len(duplicates):,} pictures are there more than once; their copies are kept on one side")
+        yield f"{len(duplicates):,} pictures are there more than once; their copies are kept on one side"
+    label = {sample.image: sample.label for sample in samples}
+    for copies in duplicates:
+        a, b = copies[0], next((image for image in copies if label[image] != label[copies[0]]), None)
+        if b:
+            yield f"{a} and {b} show the same picture, but are {label[a]!r} and {label[b]!r}"
     if len(samples) > sum(map(len, splits.values())):
         left_out = len(samples) - sum(map(len, splits.values()))
-        lines.append(f"note: {left_out:,} copies stood on another side than their first; these are left out")
-    for name in names:
-        lacking = set(classes) - set(class_names(splits[name]))
-        if lacking:
-            lines.append(f"note: {name} has no image of {', '.join(sorted(lacking))}")
-    return "\n".join(lines)
+        yield f"{left_out:,} copies stood on another side than their first; these are left out"
+    classes, sides = class_names(splits["train"]), {}
+    for name, part in splits.items():
+        lacking = set(classes) - set(class_names(part))
+        if part and lacking:
+            yield f"{name} has no image of {', '.join(sorted(lacking))}"
+        for sample in part:
+            sides.setdefault(sample.group, set()).add(name)
+    mixed = sorted(group for group, names in sides.items() if group and len(names) > 1)
+    if mixed:
+        yield f"{len(mixed):,} groups are on several sides, {mixed[0]} for one, so the figures flatter"
+    for name in ("val", "test"):
+        if 0 < len(splits[name]) < FEW:
+            yield f"{name} has {len(splits[name])} images only: its figures are rough"
 
 
 def write_split(file, splits):
     """Keep a split as a manifest, which `load_dataset` reads."""
     rows = [[s.image.resolve(), s.label, s.caption, s.group, name] for name, part in splits.items() for s in part]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(file, "w", encoding="utf-8", newline="") as lines:
-            csv.writer(lines).writerows([["image", "label", "caption", "group", "split"], *rows])
-    except UnicodeEncodeError as problem:
-        raise UserError(f"a file's name cannot be written as UTF-8 ({problem}); rename it") from None
+    _write_rows(file, rows)
+
+
+def _write_rows(file, rows):
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([COLUMNS, *rows])
+    write_text(file, table.getvalue())
 
 
 def _by_label(samples):
@@ -220,26 +254,59 @@ def few(samples, shots, seed):
     return [sample for sample in samples if sample.image in chosen]
 
 
-def load_with_copies(settings, workers):
-    """→ the samples of --data, and lists of images that show the same picture."""
-    samples, duplicates = load_dataset(settings.data), []
-    if settings.duplicates == "together":
-        print(f"looking for copies among {len(samples):,} images", flush=True)
-        duplicates = find_duplicates([sample.image for sample in samples], workers)
-    return samples, duplicates
+def load_checked(settings, workers):
+    """→ the samples of --data, lists of images that show the same picture, and {image that cannot be read: why}. Raises
+    UserError where there are such images, unless they are to be skipped."""
+    samples = load_dataset(settings.data)
+    print(f"looking at {len(samples):,} images", flush=True)
+    looks, bad = look_at([sample.image for sample in samples], workers)
+    for why in bad.values():
+        print(shown(why))
+    if bad and not settings.skip_bad:
+        raise UserError(
+            f"{len(bad):,} of {len(samples):,} images cannot be read, {next(iter(bad))} for one, all are named above; "
+            "repair them or move them away, or go on without them by --skip-bad"
+        )
+    samples = [sample for sample in samples if sample.image not in bad]
+    return samples, find_duplicates(looks) if settings.duplicates == "together" else [], bad
 
 
-def make_splits(run, settings, resumed, workers):
-    """→ the splits, kept in the run's folder as a manifest, and a text that describes them."""
-    kept = run / "split.csv"
-    if resumed:
-        samples = load_dataset(kept)
-        splits = split_dataset(samples, "manifest")
-        return splits, describe(splits, samples)
-    samples, duplicates = load_with_copies(settings, workers)
+def make_splits(settings, workers):
+    """→ the splits of --data, and a text that describes them."""
+    samples, duplicates, bad = load_checked(settings, workers)
     splits = split_dataset(samples, settings.split, settings.seed, fold=settings.fold, duplicates=duplicates)
-    write_split(kept, splits)
-    return splits, describe(splits, samples, duplicates)
+    return splits, describe(splits, samples, duplicates, bad, settings.flip)
+
+
+def read_split(run):
+    """→ the splits that a run keeps. Raises UserError."""
+    return split_dataset(load_dataset(run / "split.csv"), "manifest")
+
+
+def move_split(run, old, new):
+    """Let the split that a run keeps name the images where they are now: below another folder, or beside another copy
+    of the manifest."""
+    old, new = (
+        os.path.abspath(path.parent if path.suffix.lower() in (".csv", ".jsonl") else path) for path in (old, new)
+    )
+    rows = list(csv.reader(io.StringIO(_text_of(run / "split.csv"), newline="")))
+    for row in rows[1:]:
+        if row[0].startswith(old + os.sep):
+            row[0] = new + row[0].removeprefix(old)
+    _write_rows(run / "split.csv", rows[1:])
+
+
+def _text_of(file):
+    return read_bytes(file).decode("utf-8", "surrogateescape")
+
+
+def hash_of(splits):
+    """A short hash of which images, by name, label and texts, are on which side."""
+    digest = hashlib.sha256()
+    for name, part in splits.items():
+        for s in part:
+            digest.update(repr((name, s.image.name, s.label, s.caption, s.group)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def trained_images(run):
@@ -247,8 +314,11 @@ def trained_images(run):
     kept = run / "split.csv"
     if not kept.is_file():
         return set()
-    with open(kept, encoding="utf-8", newline="") as lines:
-        return {Path(row["image"]) for row in csv.DictReader(lines) if row["split"] == "train"}
+    try:
+        rows = csv.DictReader(io.StringIO(_text_of(kept), newline=""))
+        return {Path(row["image"]) for row in rows if row["split"] == "train"}
+    except (KeyError, TypeError, csv.Error) as problem:
+        raise UserError(f"{kept} is damaged ({reason(problem)}); delete it, if you don't need it") from None
 
 
 def main():

@@ -19,6 +19,7 @@ Try changing this: learn 0 merges in `main`: every word becomes a symbol for eac
 
 import gzip
 import html
+import zlib
 from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
@@ -28,9 +29,12 @@ import ftfy
 import regex
 import torch
 
-from errors import UserError
+from errors import UserError, reason
+from files import write_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+LONGEST_FILE = 2**24  # bytes; CLIP's merges have 524,619
+LONGEST_TEXT, LONGEST_WORD = 20_000, 500  # in characters; what is beyond would be cut anyway, after minutes
 CLIP_MERGES = 48894  # OpenAI's .txt.gz lists more merges than CLIP uses; 512 symbols + merges + 2 special = 49,408
 WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
@@ -50,6 +54,7 @@ BYTE_SYMBOLS = byte_symbols()
 
 def clean(text):
     """Mend broken Unicode, undo HTML escapes (twice: `&amp;amp;` occurs), fold white space, lower the case."""
+    text = text[:LONGEST_TEXT].encode("utf-8", "replace").decode()  # half a character, as in names of files: ?
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
@@ -88,15 +93,20 @@ class Tokenizer:
         if file is None:
             raise UserError(f"no {names[0]} at {path}; `python weights/download.py` fetches CLIP's")
         try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
-                lines = [line.split() for line in f.read().split("\n")[1:]]  # the first line is a version
-        except (OSError, EOFError, UnicodeDecodeError) as problem:
-            raise UserError(f"cannot read the merges {file} ({problem}); download them again") from None
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
+                text = f.read(LONGEST_FILE + 1)
+            if len(text) > LONGEST_FILE:
+                raise ValueError(f"more than {LONGEST_FILE:,} bytes")
+            lines = [line.split() for line in text.decode("utf-8").split("\n")[1:]]  # the first line is a version
+        except (OSError, EOFError, zlib.error, ValueError) as problem:
+            raise UserError(f"cannot read the merges {file} ({reason(problem)}); download them again") from None
         merges = [tuple(pair) for pair in lines if len(pair) == 2][:CLIP_MERGES]
 
         base = list(BYTE_SYMBOLS.values())
         vocabulary = base + [s + "</w>" for s in base] + ["".join(pair) for pair in merges] + [START, END]
         self.ids = {symbol: i for i, symbol in enumerate(vocabulary)}
+        if len(self.ids) < len(vocabulary):
+            raise UserError(f"{file} makes a symbol twice; put the merges.txt that belongs to the weights there")
         self.symbols = vocabulary
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.encode_word = lru_cache(maxsize=2**16)(self._encode_word)  # words repeat: most are looked up, not merged
@@ -117,7 +127,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Text → list of ids, of any length, without start and end."""
-        return [i for word in WORD.findall(clean(text)) for i in self.encode_word(word)]
+        return [i for word in WORD.findall(clean(text)) for i in self.encode_word(word[:LONGEST_WORD])]
 
     def decode(self, ids):
         """Ids → text. Start, end and padding leave no trace; case and spacing are as cleaned for encoding."""
@@ -158,7 +168,7 @@ def learn_merges(texts, count):
 
 def save_merges(merges, file):
     """Write merges as `Tokenizer` reads them."""
-    Path(file).write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    write_text(file, "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
 
 
 def main():

@@ -25,28 +25,30 @@ such as the backward of fused attention, may add in whatever order their threads
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
 """
 
-import json
 import math
+import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import read_safetensors, write_safetensors
-from cli import Parser, Progress, add_machine_flags, autocast, find_device, mixed_precision
-from data import class_names, training_batches
-from errors import UserError, run_script
+from build import load_trained, new_model, too_long, trained_parameters
+from checkpoint import read_safetensors
+from cli import Parser, Progress, add_machine_flags, autocast, find_device
+from data import batch_of, class_names, training_batches
+from errors import UserError, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
+from files import write_json
 from fusion import slerp_mix
 from images import normalize
 from kernels import contrastive_loss
+from optimization import Optimization
 from prompts import class_prompts
-from runs import State, load_trained, new_model, new_run, resume, resumed_run, trained_parameters
-from settings import add_settings
-from splits import make_splits, scored_split
+from runs import State, check_unused, claimed, keep, log, new_folder, read_saved, remember, resume, unfinished_run
+from settings import Settings, add_settings, given_settings, refuse_idle
+from splits import hash_of, make_splits, scored_split, write_split
 
 ROUNDS = 10  # of a training
 
@@ -56,11 +58,17 @@ def parse_arguments():
     parser.add_argument(
         "--run", type=Path, help="folder to train into; default: a new one in runs/, or the last to resume"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run; its settings are kept")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run, or with more --steps a finished one"
+    )
     parser.add_argument("--prompts", type=Path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
     add_machine_flags(parser)
     add_settings(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.given = given_settings(parser)
+    if args.resume and args.prompts:
+        raise UserError("--resume goes on with the prompts that the run was begun with; leave --prompts out")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,84 +106,32 @@ def joint_loss(model, tokenizer, items, metadata, device):
     return loss
 
 
-class Optimization:
-    """AdamW with warm-up and cosine decay, and its state by parameter name, so that it can be kept in safetensors.
-
-    In float16 small gradients would be rounded to zero. GradScaler multiplies the loss by a large factor before the
-    backward pass, and divides the gradients by it afterwards (`unscale_`, before they are clipped, so that the limit
-    means the true gradients). If one has overflowed, `step` skips the update, and `update` lowers the factor; otherwise
-    it raises it now and then. Where the towers use another type, all this does nothing.
-    """
-
-    def __init__(self, model, settings, device):
-        self.parameters = trained_parameters(model)
-        matrices = [p for p in self.parameters.values() if p.dim() >= 2]  # the class vectors are among them
-        others = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
-        self.peak, self.total = settings.lr, settings.steps
-        self.warmup = max(1, round(settings.warmup * self.total))
-
-    def step(self, loss, number):
-        """One update; number: of the step in the whole training, from 0 on."""
-        ramp = min(1.0, (number + 1) / self.warmup)
-        decay = 0.5 * (1 + math.cos(math.pi * max(0, number - self.warmup) / max(1, self.total - self.warmup)))
-        for group in self.adamw.param_groups:
-            group["lr"] = self.peak * ramp * decay
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.adamw)
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.scaler.step(self.adamw)
-        self.scaler.update()
-        self.adamw.zero_grad()
-
-    def tensors(self):
-        """The weights that are trained and AdamW's state, by name."""
-        tensors = {f"model.{name}": p for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"{key}.{name}": value for key, value in self.adamw.state[p].items()}
-        return tensors
-
-    def restore(self, tensors, device):
-        """Take over AdamW's state as `tensors` gave it."""
-        for name, p in self.parameters.items():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.adamw.state[p] = {key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device) for key in keys}
-
-
 def train_round(model, tokenizer, samples, metadata, steps, optimization, device, workers):
-    """The updates of a range of steps → mean loss."""
+    """The updates of a range of steps → mean loss. Raises UserError where the loss or a weight is not finite."""
     # Dropout and slerp: every round on its own. The factor keeps the rounds of one seed apart from those of another.
     torch.manual_seed(1_000_003 * metadata.settings.seed + steps.start)
     model.train()
-    progress, total_loss, size = Progress(len(steps), unit="steps"), 0.0, model.clip.config.image_size
+    progress, losses, size = Progress(len(steps), unit="steps"), [], model.clip.config.image_size
     batches = training_batches(samples, metadata.prompts, metadata.settings, steps, size, workers)
     for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
         loss = joint_loss(model, tokenizer, items, metadata, device)
         optimization.step(loss, step)
-        total_loss = total_loss + loss.detach()
-        progress(done, f"to step {steps.stop} of {metadata.settings.steps}", loss.detach())
-    mean_loss = float(total_loss / len(steps))
-    if not math.isfinite(mean_loss):
-        raise UserError(f"the loss is {mean_loss} by step {steps.stop}; train again with a smaller --lr")
-    return mean_loss
+        losses.append(loss.detach())
+        progress(done, f"to step {steps.stop} of {metadata.settings.steps}", losses[-1])
+    losses = torch.stack(losses).cpu()  # looked at once a round, as a GPU would have to wait for it at every step
+    wrong = [step for step, loss in zip(steps, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    if wrong or not all(p.isfinite().all() for p in optimization.parameters.values()):
+        step = wrong[0] if wrong else steps.stop - 1
+        _, batch = batch_of(step, len(samples), metadata.settings)
+        raise UserError(
+            f"loss or weights are not finite after step {step + 1}, learning rate {optimization.rate(step):.1e}; "
+            f"train again with a smaller --lr; the images were {', '.join(str(samples[i].image) for i in batch)}"
+        )
+    return losses.mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training
-
-
-def keep(run, metadata, state, optimization, loss, results):
-    """After a round: its line in the log, the model if it is the best so far, and all that resuming needs."""
-    print(f"step {state.step:4}/{metadata.settings.steps}  loss {loss:.3f}  {summary(results)}", flush=True)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": state.step, "loss": loss, **results}) + "\n")
-    if selection_score(results) >= state.best_score:
-        state.best_score, state.best_step = selection_score(results), state.step
-        write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
-    state.scaler = optimization.scaler.state_dict()
-    write_safetensors(run / "last.safetensors", optimization.tensors(), {**asdict(metadata), "state": asdict(state)})
 
 
 def finish(run, state, split, results):
@@ -188,7 +144,7 @@ def finish(run, state, split, results):
         **untrained,
         "train_seconds": round(state.seconds, 1),
     }
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(run / "metrics.json", metrics)
     print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
     print(f"{state.seconds:.0f} s of training; the model is in {run}", flush=True)
     return metrics
@@ -203,37 +159,73 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     optimization = Optimization(model, settings, device)
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
     print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
+    texts = {text for of_class in prompts.values() for text in of_class} | {
+        s.caption for s in splits["train"] if s.caption
+    }
+    cut = too_long(tokenizer, texts, model.clip.config.context_length)
+    if cut:
+        print(f"note: {len(cut):,} texts are longer than the model can read, their ends are cut: {shown(cut[0][:60])}…")
 
     def figures(split, **more):
         return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, workers, **more)
 
     if saved:
-        state = resume(run, saved, splits["train"], metadata, model, optimization, device)
+        state = resume(run, saved, metadata, model, optimization, device)
     else:
-        (run / "metrics.jsonl").write_text("")
-        state = State(zero_shot or figures(scored))
+        state = State(zero_shot or figures(scored), hash_of(splits))
         print(f"untrained, on {scored}:  {summary(state.zero_shot)}", flush=True)
+        keep(run, metadata, state, optimization)
+    log(run, state.step)
+    (run / "metrics.json").unlink(missing_ok=True)  # of a finished training that is prolonged
     ends = {math.ceil(settings.steps * part / rounds) for part in range(1, rounds + 1)}
     for end in sorted(end for end in ends if end > state.step):
         start, steps = time.monotonic(), range(state.step, end)
         loss = train_round(model, tokenizer, splits["train"], metadata, steps, optimization, device, workers)
         results = figures("val")
         state.step, state.seconds = end, state.seconds + time.monotonic() - start
-        keep(run, metadata, state, optimization, loss, results)
+        print(f"step {end:4}/{settings.steps}  loss {loss:.3f}  {summary(results)}", flush=True)
+        log(run, end, {"step": end, "loss": loss, **results})
+        best = selection_score(results) >= state.best_score
+        if best:
+            state.best_score, state.best_step = selection_score(results), end
+        keep(run, metadata, state, optimization, best)
 
     # The best round was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
     load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
     return finish(run, state, scored, figures(scored, intervals=True))
 
 
+def begin(args, device):
+    """A new training."""
+    settings = Settings.from_flags(args)
+    refuse_idle(args.given, settings)
+    if args.run:
+        check_unused(args.run)
+    splits, overview = make_splits(settings, args.workers)
+    prompts = class_prompts(class_names(splits["train"]), args.prompts)
+    print(overview)
+    run = args.run or new_folder(settings)
+    with claimed(run, new=True):
+        for path in (settings.data, settings.weights):
+            if os.path.isabs(path):  # no name
+                remember(path)
+        write_split(run / "split.csv", splits)
+        train(run, settings, splits, prompts, device, args.workers)
+
+
+def go_on(args, device):
+    """An interrupted training."""
+    run = unfinished_run(args.run, longer="steps" in args.given)
+    with claimed(run):
+        saved, splits = read_saved(run, args.given)
+        settings = saved.metadata.settings
+        train(run, settings, splits, saved.metadata.prompts, device, args.workers, saved)
+
+
 def main():
     args = parse_arguments()
     device = find_device(args.device)
-    run, settings, saved = resumed_run(args.run) if args.resume else new_run(args)
-    splits, overview = make_splits(run, settings, resumed=bool(saved), workers=args.workers)
-    print(overview)
-    prompts = saved.metadata.prompts if saved else class_prompts(class_names(splits["train"]), args.prompts)
-    train(run, settings, splits, prompts, device, args.workers, saved)
+    (go_on if args.resume else begin)(args, device)
 
 
 if __name__ == "__main__":

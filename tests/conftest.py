@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import transformers
 from shapes import SHAPES, draw
 
+import runs
 import train
 from checkpoint import save_clip
 from errors import run_script
@@ -90,6 +91,14 @@ def small(tmp_path_factory):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scripts, as a user runs them
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _named_paths(tmp_path_factory):
+    """What one test names by a flag, others may follow; nothing is left in the working directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "NAMED", tmp_path_factory.mktemp("named") / "named-paths.json")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -152,14 +152,14 @@ def test_splits_have_their_usual_names(tmp_path, written, split):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("label,caption\na,b\n", "entry 1 has no image"),
-        ("image,label\na.png,x\n,y\n", "entry 2 has no image"),
+        ("label,caption\na,b\n", "no column named image; its first line is 'label,caption'"),
+        ("image,label\na.png,x\n,y\n", "line 3: there is no image"),
         ("image,label\na.png,x\nmissing.png,y\n", "missing.png"),
         ("image,label\nsub,x\n", "sub"),
         ("image,split\na.png,holdout\n", "'holdout'"),
         ("image,label\n", "no images"),
-        ("", "no images"),
-        ('image,caption\na.png,"' + "x" * 200_000 + '"\n', "cannot read"),
+        ("", "no column named image"),
+        ('image,caption\na.png,"' + "x" * 200_000 + '"\n', "this is no CSV"),
     ],
 )
 def test_mistakes_in_a_csv_are_named(tmp_path, text, says):
@@ -172,7 +172,7 @@ def test_mistakes_in_a_csv_are_named(tmp_path, text, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"label": "x"}', "entry 1 has no image"),
+        ('{"label": "x"}', "line 1: there is no image"),
         ('{"image": "a.png"}\n{"image": "missing.png"}', "missing.png"),
         ('{"image": "a.png", "split": "holdout"}', "'holdout'"),
         ('{"image": "a.png"}\n["image", "a.png"]', "not a JSON object"),

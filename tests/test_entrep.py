@@ -51,8 +51,10 @@ def test_labels_of_the_test_part_make_a_test_split(tmp_path):
         ("train/train/cls.json", {"a.png": "nose"}, "unknown label 'nose'"),
         ("train/train/cls.json", {"a.png": 7}, "unknown label 7"),
         ("train/train/cls.json", {"c.png": "throat"}, "c.png, which is not in"),
-        ("train/train/cls.json", ["a.png"], "cls.json is not as ENTRep's is"),
-        ("public/data.json", [{"Path": "_image07.png"}], "KeyError: 'Classification'"),
+        ("train/train/cls.json", ["a.png"], "cls.json should be {image: class}"),
+        ("public/data.json", [{"Path": "_image07.png"}], "unknown label None"),
+        ("public/data.json", {"Path": "_image07.png"}, "should be a list of"),
+        ("train/train/t2i.json", {"a polyp": ["a.png"]}, "t2i.json should be {description: image}"),
     ],
 )
 def test_a_broken_entrep_is_refused(tmp_path, name, content, says):

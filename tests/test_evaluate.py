@@ -9,10 +9,10 @@ import torch
 from conftest import mistake
 from shapes import SHAPES
 
+import build
 import checkpoint
 import classify
 import evaluate
-import runs
 from data import load_dataset
 from fusion import FusedCLIP
 from metrics import first_relevant_ranks, interval, resample, retrieval_metrics
@@ -29,7 +29,7 @@ def test_images_of_the_same_group_are_not_searched(pictures, base):
 
     every, one_group = figures(samples), figures([s for s in samples if s.group.endswith("0")])
     assert one_group["i2i_mrr"] is None and one_group["t2i_mrr"] is not None
-    images = runs.encode_images(model, [s.image for s in samples], torch.device("cpu"), 8, 0)
+    images = build.encode_images(model, [s.image for s in samples], torch.device("cpu"), 8, 0)
     similarity = (
         torch.nn.functional.normalize(images.double(), dim=1) @ torch.nn.functional.normalize(images.double()).T
     )

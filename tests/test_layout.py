@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 # Each row may import from its own and from those below it; a script is imported by nobody, with two exceptions.
 LAYERS = [
     {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
-    {"runs", "settings", "pictures", "cli"},
+    {"runs", "build", "optimization", "settings", "pictures", "cli"},
     {"fusion", "lora", "data", "splits", "entrep", "checkpoint"},
-    {"model", "tokenizer", "prompts", "images", "kernels", "metrics", "phantom"},
-    {"errors"},
+    {"model", "tokenizer", "prompts", "images", "sides", "kernels", "metrics", "phantom"},
+    {"files", "errors"},
 ]
 SCRIPTS = [("train", "evaluate"), ("ablate", "train")]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

@@ -58,19 +58,21 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
 
 
 def test_other_mistakes_are_one_line(script, trained, base, pictures, tmp_path):
-    assert "--resume" in mistake(script(train, "--data", pictures / "images", "--run", trained, "--weights", base))
-    assert "-1 is less than 0" in mistake(script(train, "--data", pictures / "images", "--workers", -1))
+    taken = mistake(script(train, "--data", pictures / "images", "--run", trained, "--weights", base))
+    assert "holds a model already" in taken
+    assert "-1 is not from 0 to" in mistake(script(train, "--data", pictures / "images", "--workers", -1))
     (tmp_path / "file").write_text("")
     assert "is a file" in mistake(script(train, "--data", pictures / "images", "--run", tmp_path / "file"))
     assert "no folder" in mistake(script(classify, "--run", tmp_path / "nowhere", pictures / "images"))
     assert "finished" in mistake(script(train, "--resume", "--run", trained))
-    assert "train.py" in mistake(script(train, "--resume"))
+    assert "no unfinished run" in mistake(script(train, "--resume"))
     assert "invalid choice" in mistake(script(train, "--data", pictures, "--fusion", "sum"))
     assert "cuda:7" in mistake(script(train, "--data", pictures, "--device", "cuda:7"))
     assert "train.py" in mistake(script(classify, pictures / "images"))
     assert "nowhere" in mistake(script(classify, tmp_path / "nowhere"))
     (tmp_path / "text.png").write_text("not an image")
-    assert "text.png" in mistake(script(classify, "--run", trained, tmp_path / "text.png"))
+    status, _, err = script(classify, "--run", trained, tmp_path / "text.png")
+    assert status == 1 and "text.png" in err
     assert "--text" in mistake(script(retrieve, "--run", trained))
     assert "--mix" in mistake(script(retrieve, "--run", trained, "--text", "a", "--mix", 2))
     assert ".png" in mistake(script(retrieve, "--run", trained, "--text", "a", "--sheet", "sheet.xyz"))

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from errors import UserError
-from images import mirror_text
 from prompts import class_prompts
+from sides import mirror_text
 
 CLASSES = ["nose-right", "nose-left", "ear-right", "ear-left", "vc-open", "vc-closed", "throat"]
 

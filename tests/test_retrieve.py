@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from shapes import SHAPES, draw
 
+import build
 import retrieve
 import runs
 import train
@@ -31,8 +32,8 @@ def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictu
     assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 17  # not the example itself
 
     model, tokenizer, _ = runs.load_run(trained, torch.device("cpu"))
-    text = runs.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
-    images = runs.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
+    text = build.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
+    images = build.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
     assert torch.cosine_similarity(text, images).tolist() == pytest.approx(
         [r["score"] for r in found["text"]], abs=1e-4
     )
@@ -49,13 +50,13 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
         for i in range(3):
             (gallery / label / f"{i}.png").write_bytes((pictures / "images" / label / f"{i}.png").read_bytes())
     assert script(train, "--data", gallery, "--weights", base, "--steps", 1, "--run", "runs/a")[0] == 0
-    encoded, encode = [], retrieve.encode_images
+    encoded, encode = [], retrieve.encode_batches
 
     def counted(model, files, *rest):
         encoded.append([file.name for file in files])
         return encode(model, files, *rest)
 
-    monkeypatch.setattr(retrieve, "encode_images", counted)
+    monkeypatch.setattr(retrieve, "encode_batches", counted)
 
     def search():
         encoded.clear()

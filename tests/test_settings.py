@@ -24,16 +24,18 @@ def test_defaults_fit_their_own_ranges():
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("steps", 0, "--steps should be a whole number of 1 or more, not 0"),
+        ("steps", 0, "--steps should be a whole number from 1 to 1,000,000,000, not 0"),
+        ("steps", 10**400, "a whole number"),
         ("steps", 2.0, "a whole number"),
         ("steps", True, "a whole number"),
-        ("lr", -1e-3, "a number of 0 or more"),
-        ("lr", float("nan"), "a number of 0 or more"),
-        ("lr", "fast", "a number of 0 or more, not 'fast'"),
+        ("lr", -1e-3, "a number from 0 to 1,000"),
+        ("lr", float("inf"), "a number from 0 to 1,000"),
+        ("lr", float("nan"), "a number from 0 to 1,000"),
+        ("lr", "fast", "a number from 0 to 1,000, not 'fast'"),
         ("slerp", 1.1, "a number from 0 to 1"),
         ("fusion", "sum", "one of concat"),
         ("full", 1, "true or false"),
-        ("levels", (3, 0), "a list, each item a whole number of 1 or more"),
+        ("levels", (3, 0), "a list, each item a whole number from 1 to 1,000"),
         ("levels", (), "a list"),
         ("lora_projections", ("q", "qkv"), "one of q, k, v"),
         ("lora_projections", "q", "a list"),
@@ -48,18 +50,20 @@ def test_what_is_of_another_type_or_out_of_range_is_named_by_its_flag(name, valu
 
 def test_settings_survive_json():
     settings = Settings(**GIVEN, levels=(2, 4), full=True, lora_dropout=0.5)
-    stored = json.loads(json.dumps({"settings": asdict(settings), "classes": ["a"], "prompts": {}, "base": {}}))
+    classes = {"classes": ["a", "b"], "prompts": {"a": ["p"], "b": ["q"]}}
+    base = {"weights": "phantom", "fingerprint": "0"}
+    stored = json.loads(json.dumps({"settings": asdict(settings), **classes, "base": base}))
     assert Metadata.read(stored, "file").settings == settings
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--steps", 0], "--steps should be a whole number of 1 or more"),
-        (["--steps", "many"], "--steps: invalid int value"),
+        (["--steps", 0], "--steps should be a whole number from 1"),
+        (["--steps", "many"], "--steps: 'many' is not a whole number"),
         (["--warmup", 2], "--warmup should be a number from 0 to 1"),
         (["--lr", "nan"], "--lr should be"),
-        (["--levels", "3,x"], "--levels: invalid list value"),
+        (["--levels", "3,x"], "--levels: 'x' is not a whole number"),
         (["--lora-projections", "q,qkv"], "--lora-projections should be a list"),
         (["--seed", -1], "--seed should be"),
     ],

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 from cli import Parser
-from errors import UserError, run_script
+from errors import UserError, advice, reason, run_script, shown
+from files import locked, make_folder, take_name
 
 REPOSITORY = "openai/clip-vit-base-patch16"
 FILES = {  # name: (revision, SHA-256)
@@ -24,6 +25,7 @@ FILES = {  # name: (revision, SHA-256)
     "merges.txt": ("main", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"),
 }
 ATTEMPTS, BLOCK = 5, 2**20
+LIMIT = 2**30  # bytes
 
 
 def sha256(file):
@@ -45,49 +47,81 @@ def show(name, done, total, start, first):
     print(f"\r{line}\x1b[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def fetch(url, part):
+def check_secure(url, allow_http):
+    """Raise UserError where others on the way could change what is downloaded; the hash would tell, but late."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    except ValueError:
+        raise UserError(f"{url} is no address; check --endpoint") from None
+    if not (parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and (here or allow_http)))):
+        raise UserError(f"{url} is not https; use another --endpoint, or --allow-http")
+
+
+class SecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow a server that says the file is elsewhere, but not to where it isn't secure."""
+
+    def __init__(self, allow_http):
+        self.allow_http = allow_http
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        check_secure(url, self.allow_http)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def fetch(url, part, allow_http):
     """Download to the file `part`, going on at its end where the server can. Raises OSError on a broken connection."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.build_opener(SecureRedirects(allow_http)).open(request, timeout=30)
     except urllib.error.HTTPError as problem:
-        if problem.code == 416:  # nothing lies beyond what we have: whole, or wrong, as the hash will tell
+        if problem.code == 416 and have:  # nothing lies beyond what we have: whole, or wrong, as the hash will tell
             return
         raise
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
         first = have if response.status == 206 else 0
-        total = first + int(response.headers.get("Content-Length", 0))
+        length = response.headers.get("Content-Length", "0")
+        total = first + (int(length) if length.isascii() and length.isdigit() else 0)
         done, start = first, time.monotonic()
         while block := response.read(BLOCK):
-            file.write(block)
             done += len(block)
+            if done > LIMIT:
+                raise UserError(f"{url} sends more than {LIMIT:,} bytes, which is not our file; try another --endpoint")
+            try:
+                file.write(block)
+                file.flush()
+            except OSError as problem:
+                raise UserError(f"cannot write {part} ({reason(problem)}); {advice(problem)}") from None
             show(part.stem, done, max(done, total), start, first)
     if done < total:
         raise ConnectionError(f"the connection closed after {done:,} of {total:,} bytes")
 
 
-def download(url, file, digest):
+def download(url, file, digest, allow_http=False):
     """Download `url` to `file` and check its SHA-256. Raises UserError."""
+    check_secure(url, allow_http)
     part = file.with_name(file.name + ".part")
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            fetch(url, part)
+            fetch(url, part, allow_http)
             break
+        except UserError:
+            raise
         except urllib.error.HTTPError as problem:
             raise UserError(
                 f"{url} answers {problem.code} {problem.reason}; try later, or another --endpoint"
             ) from None
-        except (OSError, http.client.HTTPException) as problem:
+        except (OSError, http.client.HTTPException, ValueError) as problem:
             if attempt == ATTEMPTS:
-                raise UserError(f"cannot download {url} ({problem}); run this again to go on") from None
-            print(f"{problem}; trying again", file=sys.stderr)
+                raise UserError(f"cannot download {url} ({reason(problem)}); run this again to go on") from None
+            print(f"{shown(reason(problem))}; trying again", file=sys.stderr)
             time.sleep(attempt)
     found = sha256(part)
     if found != digest:
         part.unlink()
         raise UserError(f"{url} has the SHA-256 {found}, not {digest}; it was deleted, run this again")
-    os.replace(part, file)
+    take_name(part, file)
 
 
 def main():
@@ -95,14 +129,17 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "clip-vit-b-16", help="where to put it")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     parser.add_argument("--endpoint", default=endpoint, help="Hugging Face or a mirror of it")
+    parser.add_argument("--allow-http", action="store_true", help="also an endpoint without encryption")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for name, (revision, digest) in FILES.items():
-        file = args.folder / name
-        if not (file.exists() and sha256(file) == digest):
-            revision = urllib.parse.quote(revision, safe="")
-            download(f"{args.endpoint}/{REPOSITORY}/resolve/{revision}/{name}", file, digest)
-        print(f"{file}: {file.stat().st_size:,} bytes, SHA-256 as expected")
+    make_folder(args.folder)
+    with locked(args.folder / ".lock", f"another download into {args.folder} runs; waiting for its end", wait=True):
+        for name, (revision, digest) in FILES.items():
+            file = args.folder / name
+            if not (file.exists() and sha256(file) == digest):
+                revision = urllib.parse.quote(revision, safe="")
+                url = f"{args.endpoint}/{REPOSITORY}/resolve/{revision}/{name}"
+                download(url, file, digest, args.allow_http)
+            print(f"{file}: {file.stat().st_size:,} bytes, SHA-256 as expected")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from checkpoint import save_clip
 from cli import Parser
 from errors import UserError, run_script
+from files import make_folder
 from runs import find_run, load_run
 from tokenizer import save_merges
 
@@ -25,7 +26,7 @@ def main():
     model, tokenizer, _ = load_run(find_run(args.run), torch.device("cpu"))
     if model.fusion is not None:
         raise UserError(f"{args.run} fuses levels, which no CLIP file can hold; train one with --fusion none")
-    args.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(args.folder)
     save_clip(model.clip, args.folder / "model.safetensors")
     save_merges(tokenizer.ranks, args.folder / "merges.txt")
     print(f"{args.folder}: {(args.folder / 'model.safetensors').stat().st_size:,} bytes")

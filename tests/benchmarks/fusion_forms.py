@@ -27,10 +27,11 @@ from ablate import mean_and_interval
 from checkpoint import load_base
 from data import class_names, load_dataset
 from fusion import default_levels
-from images import augment, load_image, mirror_text, normalize, prefetch, resize_and_crop
+from images import augment, load_image, normalize, prefetch, resize_and_crop
 from kernels import slerp
 from metrics import first_relevant_ranks
 from prompts import class_prompts
+from sides import mirror_label
 from splits import few, scored_split, split_dataset
 
 VIEWS, STEPS, BATCH = 12, 300, 32
@@ -102,8 +103,9 @@ def encode(clip, samples, prompts, views):
             return [(resize_and_crop(image, size), label)]
         rng, found = random.Random(index), []
         for view in range(views):
-            flip = view % 2 == 1 and mirror_text(label) in prompts
-            found.append((augment(image, size, rng, flip), mirror_text(label) if flip else label))
+            other = mirror_label(label, prompts)
+            flip = view % 2 == 1 and other is not None
+            found.append((augment(image, size, rng, flip), other if flip else label))
         return found
 
     tokens, labels = [], []
