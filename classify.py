@@ -3,12 +3,11 @@
 import csv
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from build import encode_images
-from cli import Parser, add_run_flags, find_device, report_bad
+from cli import Parser, add_run_flags, file_path, find_device, report_bad
 from data import load_dataset
 from errors import UserError, run_script, shown
 from images import find_images
@@ -36,7 +35,7 @@ def classify(model, classes, files, device, batch_size, workers):
 def main():
     parser = Parser(__doc__)
     add_run_flags(parser)
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
+    parser.add_argument("images", nargs="*", type=file_path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="print CSV, likewise")

@@ -52,7 +52,7 @@ def add_run_flags(
 ):
     """Which fine-tuned model to use, and on what: --data, --run, --weights and --batch-size."""
     parser.add_argument("--data", help=data_help)
-    parser.add_argument("--run", type=Path, help="a fine-tuned model's folder; by default the newest in runs/")
+    parser.add_argument("--run", type=file_path, help="a fine-tuned model's folder; by default the newest in runs/")
     parser.add_argument("--weights", help="where the run's base model is, should it have moved")
     parser.add_argument("--batch-size", type=positive_int, default=32, help=batch_help)
     add_machine_flags(parser)
@@ -69,6 +69,13 @@ def typed(kind):
             raise argparse.ArgumentTypeError(f"{text[:100]!r} is not {noun}") from None
 
     return read
+
+
+def file_path(text):
+    """An empty text, of a shell's variable that is not set say, would mean the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def whole_number(text, least=0, most=10**9):

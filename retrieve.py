@@ -5,14 +5,13 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 from build import encode_batches, encode_images, encode_texts, too_long
 from checkpoint import fingerprint, read_safetensors, write_safetensors
-from cli import Parser, add_run_flags, find_device, positive_int, report_bad
+from cli import Parser, add_run_flags, file_path, find_device, positive_int, report_bad
 from data import load_dataset
 from errors import UserError, reason, run_script, shown
 from files import whole
@@ -139,11 +138,11 @@ def parse_arguments():
     parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--text", help="what to look for, in words")
-    parser.add_argument("--image", type=Path, help="what to look for, by example")
+    parser.add_argument("--image", type=file_path, help="what to look for, by example")
     parser.add_argument("--mix", type=float, default=0.5, help="with both: 0 is the image alone, 1 the text alone")
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the results to this image file")
+    parser.add_argument("--sheet", type=file_path, help="write a contact sheet of the results to this image file")
     args = parser.parse_args()
     args.text = args.text and args.text.strip()
     if not args.text and not args.image:

@@ -25,7 +25,7 @@ import torch
 
 from build import Metadata, assemble, fingerprint_of_merges, load_trained
 from checkpoint import WEIGHTS, base_folder, fingerprint, infer_config, load_base, read_safetensors, write_safetensors
-from errors import UserError
+from errors import UserError, reason
 from files import locked, make_folder, parse_json, read_bytes, read_json, write_json, write_text
 from lora import merge_lora
 from model import CLIP
@@ -45,7 +45,10 @@ def follow(path, flag, run):
     what lies below the working directory or in weights/, or was named by a flag once before, is followed. Raises
     UserError."""
     known = read_json(NAMED) if NAMED.is_file() else []
-    inside = any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (Path.cwd(), WEIGHTS))
+    try:
+        inside = any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (Path.cwd(), WEIGHTS))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{run} names the path {path!r} ({reason(problem)}); give another by {flag}") from None
     if not inside and path not in known:
         raise UserError(f"{run} names {path}, outside of this folder; if you trust it, add {flag} {path}")
     return path

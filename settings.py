@@ -108,7 +108,8 @@ class Settings:
             if value is None and f.default is None:
                 continue
             items = value if expected["listed"] else (value,)
-            if not (isinstance(items, tuple) and items and all(_fits(item, **expected) for item in items)):
+            fits = isinstance(items, tuple) and items and all(_fits(item, **expected) for item in items)
+            if not fits or len(set(items)) < len(items):
                 raise UserError(f"{_flag(f)} should be {_describe(**expected)}, not {value!r}")
 
     @classmethod
@@ -178,7 +179,7 @@ def _fits(item, kind, low, high, choices, **_):
     if isinstance(item, bool) or kind is bool:
         return isinstance(item, bool) and kind is bool
     if kind is str:
-        return isinstance(item, str) and (choices is None or item in choices)
+        return isinstance(item, str) and item.strip() != "" and (choices is None or item in choices)
     return isinstance(item, (int, float) if kind is float else int) and low <= item <= high
 
 
@@ -188,4 +189,4 @@ def _describe(kind, low, high, choices, listed):
         noun = f"one of {', '.join(choices)}"
     elif high < math.inf:
         noun += f" from {low:,} to {high:,}"
-    return f"a list, each item {noun}" if listed else noun
+    return f"a list of distinct items, each {noun}" if listed else noun

@@ -28,7 +28,6 @@ Source: arXiv 2509.00752 for the components and the joint objective; how they ar
 import math
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 
 from build import load_trained, new_model, too_long, trained_parameters
 from checkpoint import read_safetensors
-from cli import Parser, Progress, add_machine_flags, autocast, find_device
+from cli import Parser, Progress, add_machine_flags, autocast, file_path, find_device
 from data import batch_of, class_names, training_batches
 from errors import UserError, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
@@ -56,12 +55,12 @@ ROUNDS = 10  # of a training
 def parse_arguments():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "--run", type=Path, help="folder to train into; default: a new one in runs/, or the last to resume"
+        "--run", type=file_path, help="folder to train into; default: a new one in runs/, or the last to resume"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run, or with more --steps a finished one"
     )
-    parser.add_argument("--prompts", type=Path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
+    parser.add_argument("--prompts", type=file_path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
     add_machine_flags(parser)
     add_settings(parser)
     args = parser.parse_args()

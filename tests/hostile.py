@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import ablate
 import classify
 import evaluate
 import retrieve
@@ -34,9 +34,10 @@ from settings import Settings
 from splits import make_splits
 from tokenizer import Tokenizer
 
-spec = importlib.util.spec_from_file_location("download", Path(__file__).parents[1] / "weights" / "download.py")
-download = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(download)
+sys.path.append(str(Path(__file__).parents[1] / "weights"))
+
+import download
+import export
 
 TEXTS = (
     "",
@@ -226,12 +227,15 @@ class Hostile:
         run_script(module.main)
 
     def flags(self, rng, folder):
+        training = ["--data", self.pictures / "manifest.csv", "--weights", self.base, "--steps", 1]
         module, given = rng.choice(
             [
-                (train, ["--data", self.pictures / "manifest.csv", "--weights", self.base, "--steps", 1, "--run", "r"]),
+                (train, [*training, "--run", "r"]),
                 (classify, ["--run", self.run, self.pictures / "images/half-left/0.png"]),
                 (retrieve, ["--run", self.run, "--data", self.pictures / "images/half-left", "--text", "red"]),
                 (evaluate, ["--run", self.run, "--data", self.pictures / "images"]),
+                (export, [self.run, folder / "out"]),
+                (ablate, [*training, "--vary", "slerp=0", "--seeds", 0, "--folder", folder / "ablation"]),
                 (download, ["--folder", folder / "weights", "--endpoint", "http://127.0.0.1:9"]),
             ]
         )
@@ -240,7 +244,7 @@ class Hostile:
             sys.argv = [module.__name__, "--help"]
             module.main()
         known = sorted({word for word in help_text.getvalue().replace(",", " ").split() if word.startswith("--")})
-        given += ["--device", "cpu", "--workers", 0] if module is not download else []
+        given += ["--device", "cpu", "--workers", 0] if module not in (download, export) else []
         for _ in range(rng.choice((1, 1, 2))):
             flag = rng.choice([f for f in known if f not in ("--help", "--steps")] + ["--unknown"])
             given += rng.choice([[flag, rng.choice(TEXTS)], [f"{flag}={rng.choice(TEXTS)}"], [flag]])

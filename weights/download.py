@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
-from cli import Parser
+from cli import Parser, file_path
 from errors import UserError, advice, reason, run_script, shown
 from files import locked, make_folder, take_name
 
@@ -126,7 +126,9 @@ def download(url, file, digest, allow_http=False):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "clip-vit-b-16", help="where to put it")
+    parser.add_argument(
+        "--folder", type=file_path, default=Path(__file__).parent / "clip-vit-b-16", help="where to put it"
+    )
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     parser.add_argument("--endpoint", default=endpoint, help="Hugging Face or a mirror of it")
     parser.add_argument("--allow-http", action="store_true", help="also an endpoint without encryption")

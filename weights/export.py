@@ -11,7 +11,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from checkpoint import save_clip
-from cli import Parser
+from cli import Parser, file_path
 from errors import UserError, run_script
 from files import make_folder
 from runs import find_run, load_run
@@ -20,10 +20,11 @@ from tokenizer import save_merges
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a fine-tuned model's folder")
-    parser.add_argument("folder", type=Path, help="where to write the weights")
+    parser.add_argument("run", type=file_path, help="a fine-tuned model's folder")
+    parser.add_argument("folder", type=file_path, help="where to write the weights")
+    parser.add_argument("--weights", help="where the run's base model is, should it have moved")
     args = parser.parse_args()
-    model, tokenizer, _ = load_run(find_run(args.run), torch.device("cpu"))
+    model, tokenizer, _ = load_run(find_run(args.run), torch.device("cpu"), args.weights)
     if model.fusion is not None:
         raise UserError(f"{args.run} fuses levels, which no CLIP file can hold; train one with --fusion none")
     make_folder(args.folder)
