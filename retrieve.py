@@ -34,9 +34,9 @@ def index_images(run, model, files, device, batch_size, workers):
     stamps, bad = {}, {}
     for file in files:
         try:
-            stamps[file] = stamp = _stamp(file)
-            if stamp not in hashes:
-                hashes[stamp] = _hash(file)
+            stamp = _stamp(file)
+            hashes[stamp] = hashes.get(stamp) or _hash(file)
+            stamps[file] = stamp
         except OSError as problem:
             bad[file] = f"cannot read the image {file} ({reason(problem)})"
     new = [file for file, stamp in stamps.items() if hashes[stamp] not in known]

@@ -325,7 +325,7 @@ class Hostile:
             dtype = rng.choice((torch.int64, torch.bool, torch.bfloat16, torch.float64, torch.float8_e5m2, torch.uint8))
             spoilt = tensor.clone()
             spoilt.view(-1)[rng.randrange(tensor.numel())] = rng.choice((float("nan"), float("inf"), 6e4))
-            odd = [torch.zeros(shape), tensor.to(dtype), spoilt, tensor.T.contiguous(), tensor[None], tensor.sum()]
+            odd = [torch.zeros(shape), tensor.to(dtype), spoilt, tensor.flatten(), tensor[None], tensor.sum()]
             renamed = name.replace(".0.", f".{rng.choice((1, 7, 999_999_999))}.") + rng.choice(("", "x"))
             tensors |= rng.choice([{}, {renamed: tensor}, *({name: changed} for changed in odd)])
         return tensors

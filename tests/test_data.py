@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +192,105 @@ def test_mistakes_in_json_lines_are_named(tmp_path, text, says):
 def test_a_manifest_that_is_not_utf_8_is_named(tmp_path, name):
     file = manifest(tmp_path, "image,label\na.png,d\u00e2y\n", name, "latin-1")
     assert str(file) in user_error(load_dataset, file)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_csv_may_be_separated_as_in_other_countries(tmp_path, delimiter):
+    rows = ("image", "label", "caption"), ("a.png", "x", "red, large"), ("", "", "")
+    text = "\n".join(delimiter.join(row) for row in rows)
+    assert load_dataset(manifest(tmp_path, text)) == [Sample(tmp_path / "a.png", "x", "red, large")]
+
+
+def test_a_manifest_may_come_from_windows(tmp_path):
+    file = manifest(tmp_path, "image\tlabel\r\nsub\\b.png\tGrün\r\n", encoding="utf-16")
+    assert load_dataset(file) == [Sample(tmp_path / "sub/b.png", "Grün")]
+
+
+def test_letters_of_two_parts_make_the_same_class(tmp_path):
+    touch(tmp_path / "folders", "e\u0301/1.png", "o/1.png")
+    assert {sample.label for sample in load_dataset(tmp_path / "folders")} == {"\u00e9", "o"}
+    assert load_dataset(manifest(tmp_path, "image,label\na.png,e\u0301\n"))[0].label == "\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('image,label\na.png,"x\nsub/b.png,y\n', "line 3: this is no CSV"),
+        ('image,label,caption\na.png,x,"open\nsub/b.png,y,"closed"\n', "this is no CSV"),
+        ("image,label,caption\na.png,x,red, large\n", "line 2: there are more cells than columns"),
+        ("image,label,Label\na.png,x,y\n", "two columns of the same name"),
+        ("file,class\na.png,x\n", "its first line is 'file,class'"),
+        ("image,label\na.png,nan\n", "line 2: the label is 'nan'"),
+        ("image,label,group\na.png,x,NaN\n", "the group is 'NaN'"),
+        ("image,label\na.png,x\nsub/../a.png,y\n", "has the labels 'x' and 'y' (as"),
+        ("image,split\na.png,train\na.png,test\n", "has the splits 'train' and 'test'"),
+        ("image,group\na.png,p1\na.png,p2\n", "has the groups 'p1' and 'p2'"),
+        ("image\n" + "".join(f"{i}.png\n" for i in range(9)), "0.png (line 2), 1.png (line 3)"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_said(tmp_path, text, says):
+    assert says in user_error(load_dataset, manifest(tmp_path, text))
+
+
+def test_a_link_to_an_image_is_the_same_image(tmp_path):
+    touch(tmp_path, "x/1.png", "y/2.png")
+    (tmp_path / "y/copy.png").symlink_to(tmp_path / "x/1.png")
+    line = user_error(load_dataset, tmp_path)
+    assert "x/1.png has the labels 'x' and 'y'" in line and "y/copy.png" in line
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"image": "a.png", "label": true}', "'label' is neither a text nor a number"),
+        ('{"image": ["a.png"]}', "'image' is neither a text nor a number"),
+        ('{"image": "a.png", "label": NaN}', "NaN is no number"),
+        ('{"image": "a.png", "image": "b.png"}', "'image' stands there twice"),
+        ('{"image": "a.png", "label": "\\ud800"}', "the label is not UTF-8"),
+    ],
+)
+def test_odd_json_lines_are_named(tmp_path, line, says):
+    line = user_error(load_dataset, manifest(tmp_path, f'{{"image": "a.png", "label": 1}}\n{line}\n', "m.jsonl"))
+    assert says in line and "line 2" in line
+
+
+def test_the_name_of_an_image_may_have_any_bytes_but_a_label_not(tmp_path):
+    (tmp_path / "gr\udcfcn.png").write_bytes(b"")
+    (tmp_path / "m.csv").write_bytes(b"image,label\ngr\xfcn.png,x\n")
+    assert load_dataset(tmp_path / "m.csv") == [Sample(tmp_path / "gr\udcfcn.png", "x")]
+    (tmp_path / "m.csv").write_bytes(b"image,label\ngr\xfcn.png,gr\xfcn\n")
+    assert "line 2: the label is not UTF-8; save the file as UTF-8" in user_error(load_dataset, tmp_path / "m.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders as they are
+
+
+def test_linked_class_folders_are_read_and_loops_end(tmp_path):
+    touch(tmp_path, "data/a/1.png", "elsewhere/2.png")
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/self").symlink_to(".")
+    found = load_dataset(tmp_path / "data")
+    assert {(sample.image.name, sample.label) for sample in found} == {("1.png", "a"), ("2.png", "b")}
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    touch(tmp_path, "a/1.png", "b/1.dcm", ".git/x")
+    assert f"{tmp_path / 'b'} has no images" in user_error(load_dataset, tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a/1.png", "b/1.png")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert f"cannot read {tmp_path / 'b'} (Permission denied)" in user_error(load_dataset, tmp_path)
 
 
 @needs_larynx

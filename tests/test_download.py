@@ -3,6 +3,10 @@
 import hashlib
 import http.server
 import importlib.util
+import io
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -29,6 +33,12 @@ def server(monkeypatch):
             state.log.append((self.path, asked))
             if "missing" in self.path:
                 return self.send_error(404)
+            if state.odd:
+                return self.wfile.write(state.odd)
+            if "insecure" in self.path:
+                self.send_response(302)
+                self.send_header("Location", "http://example.invalid/file")
+                return self.end_headers()
             if self.path.startswith("/moved"):
                 self.send_response(302)
                 self.send_header("Location", "/target")
@@ -45,7 +55,7 @@ def server(monkeypatch):
             pass
 
     state = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.log, state.breaks, state.ranges = [], [], True
+    state.log, state.breaks, state.ranges, state.odd = [], [], True, b""
     state.url = f"http://127.0.0.1:{state.server_port}"
     threading.Thread(target=state.serve_forever, daemon=True).start()
     yield state
@@ -110,3 +120,85 @@ def test_the_script_asks_for_the_known_files_and_downloads_once(server, tmp_path
         "/openai/clip-vit-base-patch16/resolve/main/merges.txt",
     ]
     assert capsys.readouterr().out.count("as expected") == 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.invalid/file",
+        "ftp://example.invalid/file",
+        "file:///etc/passwd",
+        "example.invalid",
+        "https://",
+        "http://[::1",
+        "http://127.0.0.1.example.invalid/file",
+        "http://localhost@example.invalid/file",
+    ],
+)
+def test_only_https_is_asked(tmp_path, url):
+    with pytest.raises(UserError, match=r"is not https|is no address"):
+        download.download(url, tmp_path / "file", DIGEST)
+
+
+def test_a_server_may_not_lead_to_where_it_is_not_secure(server, tmp_path):
+    with pytest.raises(UserError, match=r"example\.invalid/file is not https; use another --endpoint, or --allow-http"):
+        download.download(f"{server.url}/insecure", tmp_path / "file", DIGEST)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\0\xff\n\n",
+        b"HTTP/1.1 999999999999 what\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc",
+        b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 9-3/1\r\n\r\nabc",
+        b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n",
+        b"HTTP/1.1 416 No\r\n\r\n",
+        b"HTTP/1.1 503 \x1b[31mred\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+    ],
+)
+def test_a_hostile_server_is_one_line_and_leaves_no_file(server, tmp_path, answer):
+    server.odd = answer
+    if not answer:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(UserError) as error:
+        download.download(f"{server.url}/file", tmp_path / "file", DIGEST)
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "file").exists()
+
+
+def test_an_endless_file_is_cut_short(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LIMIT", 3_000_000)
+    with pytest.raises(UserError, match="more than 3,000,000 bytes"):
+        download.download(f"{server.url}/file", tmp_path / "file", DIGEST)
+
+
+def test_two_downloads_at_once_fetch_once(server, tmp_path):
+    root = Path(__file__).parents[1]
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import download as d\n"
+    code += f"d.FILES = {{'a': ('main', {DIGEST!r}), 'b': ('main', {DIGEST!r})}}\nd.run_script(d.main)"
+    flags = [root / "weights", "--endpoint", server.url, "--folder", tmp_path / "clip"]
+    command = list(map(str, [sys.executable, "-c", code, *flags]))
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    ends = [(*process.communicate(), process.returncode) for process in started]
+    assert [code for _, _, code in ends] == [0, 0, 0], ends
+    assert len(server.log) == 2 and sorted(file.name for file in (tmp_path / "clip").iterdir()) == [".lock", "a", "b"]
+
+
+def test_a_full_disk_is_said_and_not_tried_again(server, tmp_path, monkeypatch):
+    class Full(type(open(os.devnull, "wb"))):  # noqa: SIM115
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "open", lambda name, mode: Full(io.FileIO(name, mode)), raising=False)
+    with pytest.raises(UserError, match="No space left on device\\); free some space"):
+        download.download(f"{server.url}/file", tmp_path / "file", DIGEST)
+    assert len(server.log) == 1

@@ -45,11 +45,41 @@ def test_labels_of_the_test_part_make_a_test_split(tmp_path):
     assert splits == {"_Image07.png": "train", "a.png": "train", "B.png": "train", "t.png": "test"}
 
 
+def test_captions_are_found_whatever_the_case_and_path_of_the_name(tmp_path):
+    folder = entrep(tmp_path)
+    t2i = {"a polyp on the right": "imgs/A.PNG", "a tonsil": "imgs\\b.png"}
+    (folder / "train/train/t2i.json").write_text(json.dumps(t2i))
+    captions = {sample.image.name: sample.caption for sample in load_dataset(folder)}
+    assert captions == {"a.png": "a polyp on the right", "B.png": "a tonsil", "_Image07.png": "left ear"}
+
+
+def test_of_two_files_of_a_name_the_path_says_which(tmp_path):
+    folder = entrep(tmp_path)
+    (folder / "train/train/more").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "train/train/more/a.png")
+    assert "a.png, of which there are two" in user_error(load_dataset, folder)
+    labels = {"imgs/a.png": "nose-right", "more/a.png": "throat"}
+    (folder / "train/train/cls.json").write_text(json.dumps(labels))
+    found = {sample.image.parent.name: sample.label for sample in load_dataset(folder)}
+    assert found == {"imgs": "nose-right", "more": "throat", "images": "ear-left"}
+
+
+def test_another_programs_data_json_does_no_harm(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / label / "0.png")
+    (tmp_path / "data.json").write_text('{"version": 3}')
+    (tmp_path / "a/cls.json").write_text("[")
+    assert [sample.label for sample in load_dataset(tmp_path)] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("train/train/cls.json", {"a.png": "nose"}, "unknown label 'nose'"),
         ("train/train/cls.json", {"a.png": 7}, "unknown label 7"),
+        ("train/train/cls.json", {"a.png": "²"}, "unknown label '²'"),
+        ("train/train/cls.json", {"a.png": True}, "unknown label True"),
         ("train/train/cls.json", {"c.png": "throat"}, "c.png, which is not in"),
         ("train/train/cls.json", ["a.png"], "cls.json should be {image: class}"),
         ("public/data.json", [{"Path": "_image07.png"}], "unknown label None"),

@@ -1,8 +1,11 @@
 """images.py against transformers' image processor."""
 
+import os
 import random
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from images import (
 )
 from phantom import CLASSES
 from phantom import draw as draw_phantom
+from pictures import thumbnail
 
 UINT8 = {"do_rescale": False, "do_normalize": False}
 
@@ -214,6 +218,48 @@ def test_a_phones_jpeg_of_several_pictures_is_read(tmp_path):
 def test_a_missing_image_and_a_folder_are_named(tmp_path):
     for path in (tmp_path / "missing.png", tmp_path):
         assert str(path) in user_error(load_image, path)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_images_of_any_depth_are_neither_black_nor_white(tmp_path, bits):
+    ramp = np.linspace(0, 2**bits - 1, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    grey = np.asarray(load_image(tmp_path / "ramp.png"))
+    assert grey.dtype == np.uint8 and grey.min() == 0 and grey.max() == 255
+    assert np.array_equal(grey, ramp >> (bits - 8))
+
+
+@pytest.mark.parametrize(("top", "expected"), [(1.0, 255), (255.0, 255), (4095.0, 255)])
+def test_images_of_numbers_with_a_point_are_shown_as_meant(tmp_path, top, expected):
+    ramp = np.linspace(-0.1 * top, top, 64 * 64, dtype=np.float32).reshape(64, 64)
+    ramp[0, 0] = float("nan")
+    Image.fromarray(ramp).save(tmp_path / "ramp.tif")
+    grey = np.asarray(load_image(tmp_path / "ramp.tif"))
+    assert grey.dtype == np.uint8 and grey.min() == 0 and grey.max() == expected and 110 < grey.mean() < 130
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1), (20_000, 3), (1, 1)])
+def test_a_thread_of_an_image_takes_no_memory(size):
+    pixels = resize_and_crop(Image.new("RGB", size, "red"), 224)
+    assert pixels.shape == (224, 224, 3) and (pixels == (255, 0, 0)).all()
+    assert thumbnail_of(Image.new("RGB", size, "red")).size == (224, 224)
+
+
+def thumbnail_of(image):
+    with tempfile.TemporaryDirectory() as folder:
+        image.save(Path(folder, "x.png"))
+        return thumbnail(Path(folder, "x.png"))
+
+
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path):
+    Image.new("1", (10_000, 5_001)).save(tmp_path / "huge.png")
+    line = user_error(load_image, tmp_path / "huge.png")
+    assert "10000 × 5001 pixels, 50,000,000 are allowed" in line
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "pipe.png (there is no such file)" in user_error(load_image, tmp_path / "pipe.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -109,9 +109,7 @@ def download(url, file, digest, allow_http=False):
         except UserError:
             raise
         except urllib.error.HTTPError as problem:
-            raise UserError(
-                f"{url} answers {problem.code} {problem.reason}; try later, or another --endpoint"
-            ) from None
+            raise UserError(f"{url}: {reason(problem)}; try later, or another --endpoint") from None
         except (OSError, http.client.HTTPException, ValueError) as problem:
             if attempt == ATTEMPTS:
                 raise UserError(f"cannot download {url} ({reason(problem)}); run this again to go on") from None
