@@ -32,7 +32,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import Parser, add_machine_flags, file_path, find_device, positive_int
+from cli import Parser, add_machine_flags, file_path, find_device, positive_int, typed
 from data import class_names
 from errors import UserError, run_script
 from files import make_folder, read_json, write_json, write_text
@@ -260,7 +260,13 @@ def parse_arguments():
     add("--parts", action="store_true", help="what each part is worth alone, added, and left out")
     add("--shots", type=numbers, metavar="A,B,…", help="train on so many images of each class; held-out ones stay")
     add("--vary", action="append", default=[], help="another setting, like lora-rank=4; two at once: 'lr=1e-3 slerp=1'")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="train everything once with each of these seeds")
+    add(
+        "--seeds",
+        type=typed(int),
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help="train everything once with each of these seeds",
+    )
     add("--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn")
     add("--folder", type=file_path, default=Path("runs/ablation"), help="where runs and tables are written")
     add("--prompts", type=file_path, help="as in train.py")

@@ -77,7 +77,8 @@ def load_clip(path, dtype=torch.float32):
     if not file.is_file():
         raise UserError(f"no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name a file")
     try:
-        tensors = {name: t for name, t in load_file(file).items() if not IGNORED.fullmatch(name)}
+        with open(file, "rb"):  # safetensors calls a file that may not be read missing
+            tensors = {name: t for name, t in load_file(file).items() if not IGNORED.fullmatch(name)}
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as problem:
         raise UserError(f"{file} is not a whole safetensors file ({reason(problem)}); download it again") from None
     refuse_odd(tensors, file)
@@ -234,7 +235,7 @@ def _save(tensors, file, metadata):
 def read_safetensors(file):
     """→ (tensors, JSON object) as `write_safetensors` wrote them. Raises UserError."""
     try:
-        with safe_open(file, "pt") as f:
+        with open(file, "rb"), safe_open(file, "pt") as f:
             info = parse_json(f.metadata()["info"])
             if not isinstance(info, dict):
                 raise ValueError("its metadata is no JSON object")

@@ -51,7 +51,7 @@ def main():
     model, _, metadata = load_run(run, device, args.weights)
     files = list(dict.fromkeys(files or (s.image for s in load_dataset(find_data(args.data, metadata, run)))))
     results, bad = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
-    print(f"{len(results):,} images by {run}", file=sys.stderr)
+    print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))

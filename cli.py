@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
         for action in self._actions:
-            if action.nargs is None and getattr(parsed, action.dest, None) == []:  # argparse makes this of "--flag --"
+            if (
+                action.nargs is None and getattr(parsed, action.dest, None) == [] != action.default
+            ):  # argparse makes this of "--flag --"
                 self.error(f"argument {action.option_strings[0]}: it lacks its value")
         return parsed
 

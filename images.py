@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from errors import UserError, advice, reason
 
@@ -64,7 +64,9 @@ def load_image(path):
                 raise ValueError(f"it has {file.width} × {file.height} pixels, {LARGEST:,} are allowed")
             return _to_8_bits(ImageOps.exif_transpose(file))
     except Exception as problem:  # a damaged file makes a decoder stumble over anything
-        raise UserError(f"cannot read the image {path} ({reason(problem)}); repair it or move it away") from None
+        unknown = isinstance(problem, UnidentifiedImageError)
+        why = f"it is none of {', '.join(IMAGE_FORMATS)}" if unknown else reason(problem)
+        raise UserError(f"cannot read the image {path} ({why}); repair it or move it away") from None
 
 
 def _to_8_bits(image):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from build import encode_batches, encode_images, encode_texts, too_long
 from checkpoint import fingerprint, read_safetensors, write_safetensors
-from cli import Parser, add_run_flags, file_path, find_device, positive_int, report_bad
+from cli import Parser, add_run_flags, file_path, find_device, positive_int, report_bad, typed
 from data import load_dataset
 from errors import UserError, reason, run_script, shown
 from files import whole
@@ -139,7 +139,9 @@ def parse_arguments():
     add_run_flags(parser)
     parser.add_argument("--text", help="what to look for, in words")
     parser.add_argument("--image", type=file_path, help="what to look for, by example")
-    parser.add_argument("--mix", type=float, default=0.5, help="with both: 0 is the image alone, 1 the text alone")
+    parser.add_argument(
+        "--mix", type=typed(float), default=0.5, help="with both: 0 is the image alone, 1 the text alone"
+    )
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sheet", type=file_path, help="write a contact sheet of the results to this image file")
@@ -171,7 +173,7 @@ def main():
     files, gallery, bad = index_images(run, model, list(samples), device, args.batch_size, args.workers)
     query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
     results = search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top)
-    print(f"{len(files):,} images searched by {run}", file=sys.stderr)
+    print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
     if args.sheet:
         with whole(args.sheet) as temporary:
             contact_sheet(results, args.text, args.image).save(temporary, Image.EXTENSION[args.sheet.suffix.lower()])

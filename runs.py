@@ -6,6 +6,7 @@
     runs/<name>/metrics.jsonl         the held-out figures after each tenth of the steps, a line each (train.py)
     runs/<name>/metrics.json          the figures of the best model, and of the untrained one (train.py)
     runs/<name>/split.csv             which image was trained on, and which held out: a manifest (train.py)
+    runs/<name>/skipped.txt           images that could not be read, with --skip-bad (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
     runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
 
@@ -15,6 +16,7 @@ Everything is safetensors and JSON: reading a file from elsewhere can't run code
 import contextlib
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
@@ -137,7 +139,7 @@ def claimed(run, new=False):
 
 def new_folder(settings):
     """Make a folder in runs/ that is nobody else's → its path."""
-    names = (Path(path).stem.encode("utf-8", "replace").decode()[:40] for path in (settings.data, settings.weights))
+    names = (re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40] for path in (settings.data, settings.weights))
     name = "-".join([*names, time.strftime("%Y%m%d-%H%M%S")])
     make_folder(RUNS)
     for number in count(1):

@@ -272,10 +272,10 @@ def load_checked(settings, workers):
 
 
 def make_splits(settings, workers):
-    """→ the splits of --data, and a text that describes them."""
+    """→ the splits of --data, a text that describes them, and {image that is left out: why}."""
     samples, duplicates, bad = load_checked(settings, workers)
     splits = split_dataset(samples, settings.split, settings.seed, fold=settings.fold, duplicates=duplicates)
-    return splits, describe(splits, samples, duplicates, bad, settings.flip)
+    return splits, describe(splits, samples, duplicates, bad, settings.flip), bad
 
 
 def read_split(run):

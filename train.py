@@ -39,7 +39,7 @@ from cli import Parser, Progress, add_machine_flags, autocast, file_path, find_d
 from data import batch_of, class_names, training_batches
 from errors import UserError, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
-from files import write_json
+from files import write_json, write_text
 from fusion import slerp_mix
 from images import normalize
 from kernels import contrastive_loss
@@ -200,7 +200,7 @@ def begin(args, device):
     refuse_idle(args.given, settings)
     if args.run:
         check_unused(args.run)
-    splits, overview = make_splits(settings, args.workers)
+    splits, overview, bad = make_splits(settings, args.workers)
     prompts = class_prompts(class_names(splits["train"]), args.prompts)
     print(overview)
     run = args.run or new_folder(settings)
@@ -209,6 +209,8 @@ def begin(args, device):
             if os.path.isabs(path):  # no name
                 remember(path)
         write_split(run / "split.csv", splits)
+        if bad:
+            write_text(run / "skipped.txt", "".join(f"{shown(why)}\n" for why in bad.values()))
         train(run, settings, splits, prompts, device, args.workers)
 
 
