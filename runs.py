@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
@@ -133,8 +134,8 @@ def claimed(run, new=False):
         try:
             yield
         except KeyboardInterrupt:
-            hint = [f"go on with: python train.py --resume --run {run}"] if (run / "last.safetensors").exists() else []
-            raise KeyboardInterrupt(*hint) from None
+            hint = f"go on with: python train.py --resume --run {shlex.quote(str(run))}"
+            raise KeyboardInterrupt(*[hint] if (run / "last.safetensors").exists() else []) from None
 
 
 def new_folder(settings):
@@ -210,7 +211,9 @@ def read_saved(run, given):
             raise UserError(f"--steps {value} is less than the {state.step} steps that {run} has done; give more")
         if value != old and name not in ("data", "weights", "steps"):
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{run} was begun with {flag} {old}, not {value}; leave the flag out, or train a new run")
+            raise UserError(
+                f"{flag} would change the training, begun with {_said(old)}; leave it out, or train a new run"
+            )
     data = find_data(given.get("data"), metadata, run)
     if data != settings.data:
         data = os.path.abspath(data)
@@ -223,6 +226,14 @@ def read_saved(run, given):
     return Saved(replace(metadata, settings=settings), state, tensors), splits
 
 
+def _said(value):
+    """A setting as it is said in a sentence."""
+    words = {None: "the default", True: "it on", False: "it off"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def resume(run, saved, metadata, model, optimization, device):
     """Set model and optimizer back to where the run was interrupted → State. Raises UserError where the weights are
     others than when the run was begun."""
@@ -233,6 +244,9 @@ def resume(run, saved, metadata, model, optimization, device):
     load_trained(model, trained, run / "last.safetensors")
     optimization.restore(saved.tensors, device)
     optimization.scaler.load_state_dict(saved.state.scaler)
+    best = run / "adapter.safetensors"
+    if best.exists():  # it may name data and weights where they are no more
+        write_safetensors(best, read_safetensors(best)[0], asdict(metadata))
     print(f"resuming after step {saved.state.step}", flush=True)
     return saved.state
 

@@ -173,7 +173,7 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     else:
         state = State(zero_shot or figures(scored), hash_of(splits))
         print(f"untrained, on {scored}:  {summary(state.zero_shot)}", flush=True)
-        keep(run, metadata, state, optimization)
+    keep(run, metadata, state, optimization)
     log(run, state.step)
     (run / "metrics.json").unlink(missing_ok=True)  # of a finished training that is prolonged
     ends = {math.ceil(settings.steps * part / rounds) for part in range(1, rounds + 1)}

@@ -100,7 +100,7 @@ def test_a_damaged_metrics_file_does_not_pass_for_a_finished_run(script, picture
     assert (tmp_path / "runs/a/metrics.jsonl").read_text() == '{"step": 3}\n'
 
 
-def test_a_finished_run_can_be_prolonged(script, pictures, base, tmp_path):
+def test_a_finished_run_can_be_prolonged(script, pictures, base, tmp_path, monkeypatch):
     assert script(train, *arguments(pictures / "images", base, "--run", "runs/a"))[0] == 0
     assert "is finished; --resume --steps N" in mistake(script(train, "--resume", "--run", "runs/a"))
     assert "less than the 10 steps" in mistake(script(train, "--resume", "--run", "runs/a", "--steps", 9))
@@ -108,16 +108,21 @@ def test_a_finished_run_can_be_prolonged(script, pictures, base, tmp_path):
     assert status == 0 and "resuming after step 10" in out
     lines = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, 11), *range(12, 21, 2)]
+    assert _stored(tmp_path / "runs/a/adapter.safetensors")["settings"]["steps"] == 20
+    interrupt(monkeypatch, at=20)
+    assert script(train, "--resume", "--run", "runs/a", "--steps", 30)[0] == 130
+    status, out, _ = script(train, "--resume")  # up to 30 steps, as was said
+    assert status == 0 and "step   30/30" in out
     assert runs.finished(tmp_path / "runs/a")
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--seed", 1], "--seed 0, not 1"),
-        (["--lr", 0.1], "--lr 0.0005, not 0.1"),
-        (["--full"], "--full False, not True"),
-        (["--levels", "1,2"], "--levels None, not (1, 2)"),
+        (["--seed", 1], "--seed would change the training, begun with 0; leave it out"),
+        (["--lr", 0.1], "begun with 0.0005"),
+        (["--full"], "--full would change the training, begun with it off"),
+        (["--levels", "1,2"], "begun with the default"),
         (["--prompts", "x.json"], "leave --prompts out"),
     ],
 )
