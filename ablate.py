@@ -170,7 +170,7 @@ class Trainings:
         make_folder(run)
         with (
             claimed(run),
-            open(run / "log.txt", "w", encoding="utf-8") as log,
+            open(run / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log,
             redirect_stdout(log),
             redirect_stderr(log),
         ):
