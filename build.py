@@ -37,7 +37,7 @@ class Metadata:
     settings: Settings
     classes: list[str]  # in the order of the head's rows
     prompts: dict[str, list[str]]  # of each class
-    base: dict[str, str]  # {"weights": the flag, "fingerprint": of the weights; of its merges, if from scratch}
+    base: dict[str, str]  # {"weights": the flag, "fingerprint": of the weights, or, from scratch, of the merges}
 
     @classmethod
     def read(cls, stored, file):
@@ -55,7 +55,9 @@ class Metadata:
                 raise UserError("base")
             return metadata
         except (KeyError, TypeError, AttributeError, UserError) as problem:
-            raise UserError(f"{file} has metadata that does not fit ({reason(problem)}); train again") from None
+            raise UserError(
+                f"{file} is of another version or damaged ({reason(problem)}); restore a copy, or train again"
+            ) from None
 
 
 def _texts(items):
@@ -71,6 +73,12 @@ def start_from_scratch(texts, run):
 
 def fingerprint_of_merges(tokenizer):
     return hashlib.sha256(repr(list(tokenizer.ranks)).encode()).hexdigest()[:16]
+
+
+def check_model(settings):
+    """Raise UserError where the settings do not fit the base model, or there is none: before hours of other work."""
+    clip = CLIP(SCRATCH) if settings.weights == "scratch" else load_base(settings.weights)[0]
+    assemble(clip, settings, num_classes=2)
 
 
 def new_model(settings, prompts, samples, run):
@@ -95,7 +103,9 @@ def new_model(settings, prompts, samples, run):
 
 
 def assemble(clip, settings, num_classes):
-    """CLIP + LoRA + fusion + head as the settings say; what is to be trained, and only that, requires a gradient."""
+    """CLIP + LoRA + fusion + head as the settings say; what is to be trained, and only that, requires a gradient.
+    Raises UserError where the model has no such blocks."""
+    levels, last = settings.levels, len(clip.visual.blocks)
     if settings.full:
         clip.requires_grad_(True)
     else:
@@ -104,12 +114,11 @@ def assemble(clip, settings, num_classes):
         if settings.lora_rank:
             parts = ("rank", "alpha", "dropout", "projections", "blocks", "towers")
             if not add_lora(clip, **{part: getattr(settings, f"lora_{part}") for part in parts}):
-                raise UserError(f"--lora-blocks: the base model has no such block; it has {len(clip.visual.blocks)}")
-    levels, last = settings.levels, len(clip.visual.blocks)
+                raise UserError(f"--lora-blocks: the base model's blocks are 1 to {last}; name some of these")
     if levels and max(levels) > last:
-        raise UserError(f"--levels: the base model has {last} blocks, not {max(levels)}")
+        raise UserError(f"--levels: there is no block {max(levels)}, the base model has {last}; name some of these")
     if settings.fusion != "none" and set(levels or default_levels(last)) == {last}:
-        raise UserError("--levels: there is nothing to fuse with the last block alone; name another, or --fusion none")
+        raise UserError("--levels: there is nothing to fuse with the last block alone; add another, or --fusion none")
     return FusedCLIP(clip, num_classes, settings.fusion, levels)
 
 
@@ -172,5 +181,5 @@ def encode_texts(model, tokenizer, texts, device):
 
 
 def too_long(tokenizer, texts, context_length):
-    """→ those of the texts that the text tower cannot see whole. Start and end take two places."""
+    """→ those of the texts that the text tower cannot see whole. The start and end tokens take two places."""
     return [text for text in texts if len(tokenizer.encode(text)) > context_length - 2]

@@ -75,12 +75,15 @@ def load_clip(path, dtype=torch.float32):
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name a file")
+        raise UserError(
+            f"there are no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name others by "
+            "--weights: phantom, or the path of a CLIP file or folder"
+        )
     try:
         with open(file, "rb"):  # safetensors calls a file that may not be read missing
             tensors = {name: t for name, t in load_file(file).items() if not IGNORED.fullmatch(name)}
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as problem:
-        raise UserError(f"{file} is not a whole safetensors file ({reason(problem)}); download it again") from None
+        raise UserError(f"{file} is no safetensors file or damaged ({reason(problem)}); download it again") from None
     refuse_odd(tensors, file)
 
     naming = OPENAI if "visual.conv1.weight" in tensors else HUGGING_FACE
@@ -111,7 +114,7 @@ def load_clip(path, dtype=torch.float32):
         if names
     ]
     if problems:
-        raise UserError(f"{file} does not fit a CLIP ViT: {'; '.join(problems)}")
+        raise UserError(f"{file} does not fit a CLIP ViT, name another by --weights: {'; '.join(problems)}")
     clip.load_state_dict(state, assign=True)
     return clip
 
@@ -144,7 +147,7 @@ def infer_config(tensors, naming, file):
     def shape(name, dims):
         source = translate(name, naming)
         if source not in tensors or tensors[source].dim() != dims or 0 in tensors[source].shape:
-            raise UserError(f"{file} is not a CLIP ViT checkpoint: it has no {dims}-dimensional tensor {source}")
+            raise UserError(f"{file} is no CLIP ViT, it has no {dims}-dimensional {source}; name another by --weights")
         return tensors[source].shape
 
     def layers(name):
@@ -157,10 +160,12 @@ def infer_config(tensors, naming, file):
     projection = shape("text.proj.weight", 2)
     for width in (vision_width, text_width):
         if width % HEAD_WIDTH:
-            raise UserError(f"{file}: width {width} is not a multiple of {HEAD_WIDTH}; this is not a CLIP ViT")
+            raise UserError(
+                f"{file} is no CLIP ViT, its width {width} is no multiple of {HEAD_WIDTH}; name another file"
+            )
     context_length = shape("text.position_embedding", 2)[0]
     if not (grid and layers("visual.blocks") and layers("text.blocks") and context_length > 2):
-        raise UserError(f"{file} is not a CLIP ViT checkpoint: it lacks patches, blocks or positions")
+        raise UserError(f"{file} is not a CLIP ViT checkpoint: it lacks patches, blocks or positions; name another")
     return CLIPConfig(
         embed_dim=projection[1] if naming is OPENAI else projection[0],
         image_size=grid * patch_size,
@@ -181,7 +186,7 @@ def refuse_odd(tensors, file):
             raise UserError(f"{file} holds no floating-point numbers in {name}, but {tensor.dtype}; get another file")
         # NaN and infinity survive a sum, which is 20 times as fast as looking at each value.
         if not math.isfinite(tensor.float().sum()) and not tensor.float().isfinite().all():
-            raise UserError(f"{file} holds values that are not finite, in {name}; get another file")
+            raise UserError(f"{file} holds values that are not finite, in {name}; restore a copy, or get it again")
 
 
 def fingerprint(clip):
@@ -208,7 +213,7 @@ def load_base(weights):
     tokenizer = Tokenizer(path if path.is_dir() else path.parent)
     if len(tokenizer) != clip.config.vocab_size:
         raise UserError(
-            f"the merges beside {path} make {len(tokenizer):,} tokens, the weights know {clip.config.vocab_size:,}; "
+            f"the merges.txt of {path} makes {len(tokenizer):,} tokens, the weights expect {clip.config.vocab_size:,}; "
             "put the merges.txt that belongs to the weights there"
         )
     return clip, tokenizer

@@ -38,13 +38,16 @@ def main():
     parser.add_argument("images", nargs="*", type=file_path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
-    form.add_argument("--csv", action="store_true", help="print CSV, likewise")
+    form.add_argument("--csv", action="store_true", help="print CSV, with the probability of every class")
     args = parser.parse_args()
+    if args.images and args.data:
+        raise UserError("--data has no effect where images are named; leave one of them out")
     files = []
     for path in args.images:
         found = find_images(path) if path.is_dir() else [path] if path.is_file() else []
         if not found:
-            raise UserError(f"there are no images in {path}" if path.is_dir() else f"there is no file {path}")
+            where = f"there are no images in {path}" if path.is_dir() else f"there is no file {path}"
+            raise UserError(f"{where}; check the path")
         files += found
     device = find_device(args.device)
     run = find_run(args.run)

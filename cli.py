@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, shown
+from errors import UserError, counted, shown
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
     """A parser that names the defaults in its help, and whose errors are one line, as all our errors are."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        prog = os.path.relpath(sys.argv[0]) if os.path.isfile(sys.argv[0]) else sys.argv[0]
+        super().__init__(prog=prog, description=description, formatter_class=Help, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
@@ -42,8 +43,9 @@ class Parser(argparse.ArgumentParser):
 def add_machine_flags(parser):
     """Where to compute: --device and --workers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    workers = min(8, os.cpu_count() or 1)
     parser.add_argument(
-        "--workers", type=whole_number, default=min(8, os.cpu_count() or 1), help="threads that read images; 0: none"
+        "--workers", type=whole_number, default=workers, help="threads that read images; 0: the main one does"
     )
 
 
@@ -53,9 +55,9 @@ def add_run_flags(
     batch_help="images at a time",
 ):
     """Which fine-tuned model to use, and on what: --data, --run, --weights and --batch-size."""
-    parser.add_argument("--data", help=data_help)
+    parser.add_argument("--data", type=typed(str), help=data_help)
     parser.add_argument("--run", type=file_path, help="a fine-tuned model's folder; by default the newest in runs/")
-    parser.add_argument("--weights", help="where the run's base model is, should it have moved")
+    parser.add_argument("--weights", type=typed(str), help="where the run's base model is, if it has moved")
     parser.add_argument("--batch-size", type=positive_int, default=32, help=batch_help)
     add_machine_flags(parser)
 
@@ -65,6 +67,8 @@ def typed(kind):
     noun = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
 
     def read(text):
+        if not text.strip():
+            raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
         try:
             return kind(text)
         except ValueError:
@@ -74,16 +78,14 @@ def typed(kind):
 
 
 def file_path(text):
-    """An empty text, of a shell's variable that is not set say, would mean the working directory."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
+    """A flag's text → Path. An empty one would mean the working directory."""
+    return Path(typed(str)(text))
 
 
 def whole_number(text, least=0, most=10**9):
     number = typed(int)(text)
     if not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text[:100]} is not from {least} to {most:,}")
+        raise argparse.ArgumentTypeError(f"{text[:100]} is not a whole number from {least} to {most:,}")
     return number
 
 
@@ -115,7 +117,7 @@ def report_bad(bad):
     if bad:
         for why in bad.values():
             print(shown(why), file=sys.stderr)
-        print(f"{len(bad):,} images could not be read; the others are done", file=sys.stderr)
+        print(f"{counted(len(bad), 'image')} could not be read, as listed above, and left out", file=sys.stderr)
         sys.exit(1)
 
 
@@ -124,7 +126,7 @@ def mixed_precision(device):
 
     Both 16-bit types halve the traffic and run on the GPU's tensor cores, its units for matrix products. bfloat16 has
     float32's range, with 7 digits after the binary point instead of 23. float16 has 10, but ends at 65,504 above and
-    6e-8 below, so small gradients vanish (see `Optimization` in train.py).
+    6e-8 below, so small gradients vanish (see `Optimization` in optimization.py).
     """
     if device.type != "cuda":
         return torch.float32

@@ -1,11 +1,12 @@
 """Data sets: which images there are, what is known of each, and the batches to train on.
 
 A data set is one of
-  - a folder with one sub-folder a class (images at any depth below it); a folder of images alone has no labels;
+  - a folder with one sub-folder a class (images at any depth below it), or with sub-folders train, val and test, each
+    with one sub-folder a class; a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
     group (a patient, say: images of one group stay on one side of a split that is drawn here) and split (train, val or
     test), separated by commas, semicolons or tabs;
-  - the ENTRep challenge's folder, recognized by its cls.json and data.json (entrep.py);
+  - the ENTRep challenge's folder, recognized by its cls.json or data.json (entrep.py);
   - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
 """
 
@@ -14,6 +15,7 @@ import io
 import math
 import os
 import random
+import sys
 import tempfile
 import unicodedata
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from entrep import read_entrep
-from errors import UserError, reason
+from errors import UserError, reason, shown
 from files import parse_json, read_bytes
 from images import augment, find_images, load_image, prefetch
 from phantom import default_dataset
@@ -49,23 +51,24 @@ class Sample:
 
 
 def load_dataset(path):
-    """Folder, manifest or "phantom" → list of Sample, in a fixed order. Raises UserError where there is none."""
+    """Folder, manifest or "phantom" → list of Sample, in a fixed order. Raises UserError where there is no such data
+    set, or it contradicts itself."""
     path = default_dataset() if str(path) == "phantom" else Path(path)
     if path.is_dir():
         samples = [Sample(*row, split=split) for *row, split in read_entrep(path)] or _read_folder(path)
     elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
         samples = _read_manifest(path)
     elif os.path.exists(path):
-        raise UserError(f"{path} is neither a folder nor a .csv or .jsonl manifest")
+        raise UserError(f"{path} is neither a folder nor a .csv or .jsonl manifest; give one of these by --data")
     else:
         raise UserError(f"there is no {path}; give a folder of images or a manifest with --data")
     if not samples:
-        raise UserError(f"there are no images in {path}; it should have one sub-folder of images for each class")
+        raise UserError(f"there are no images in {path}; give a folder with one sub-folder of images for each class")
     return _without_contradictions([_in_utf_8(sample) for sample in samples])
 
 
 def _in_utf_8(sample):
-    """Halves of characters, as names of folders and JSON may hold them, are written out: \\udcff."""
+    """Bytes that are not UTF-8, as names of folders and JSON may hold them, are written as escapes: \\udcff."""
     texts = {name: getattr(sample, name) for name in ("label", "caption", "group")}
     return replace(sample, **{k: t and t.encode("utf-8", "backslashreplace").decode() for k, t in texts.items()})
 
@@ -92,18 +95,34 @@ def _without_contradictions(samples):
 
 
 def _read_folder(folder):
+    """Sub-folders are classes, or train, val and test with classes below them; without any, there are no labels."""
     files = find_images(folder)
-    labelled = [file for file in files if file.parent != folder]
-    if not labelled:
+    parts = {file: file.relative_to(folder).parts for file in files}
+    stray = next((file for file in files if len(parts[file]) == 1), None)
+    if stray is None:
+        if files and all(first.lower() in SPLITS for first, *_ in parts.values()):
+            return _read_split_folders(folder, parts)
+        _refuse_empty(folder, {first for first, *_ in parts.values()})
+        return [Sample(file, label=_name(parts[file][0])) for file in files]
+    if all(len(of_file) == 1 for of_file in parts.values()):
         return [Sample(file) for file in files]
-    if len(labelled) < len(files):
-        stray = next(file for file in files if file.parent == folder)
-        raise UserError(f"{stray} lies beside the class folders of {folder}; move it into one of them")
-    names = {file.relative_to(folder).parts[0] for file in files}
+    raise UserError(f"{stray} lies beside the class folders of {folder}; move it into one of them, or out of {folder}")
+
+
+def _read_split_folders(folder, parts):
+    for file, of_file in parts.items():
+        if len(of_file) == 2:
+            raise UserError(f"{file} lies in no class; {folder / of_file[0]} should have a sub-folder for each class")
+    for first in {first for first, *_ in parts.values()}:
+        _refuse_empty(folder / first, {of_file[1] for of_file in parts.values() if of_file[0] == first})
+    return [Sample(file, _name(second), split=SPLITS[first.lower()]) for file, (first, second, *_) in parts.items()]
+
+
+def _refuse_empty(folder, names):
+    """A class folder whose images have unknown endings, say, would be missing without a word."""
     for other in sorted(folder.iterdir()):
         if other.is_dir() and other.name not in names and not other.name.startswith((".", "__MACOSX")):
             raise UserError(f"the class folder {other} has no images; put some there, or move it away")
-    return [Sample(file, label=_name(file.relative_to(folder).parts[0])) for file in files]
 
 
 def _name(text):
@@ -116,12 +135,14 @@ def _read_manifest(file):
     samples, missing = [], []
     for place, row in rows:
         if "image" not in row:
-            raise UserError(f"{file}, {place}: there is no image; the columns are {', '.join(COLUMNS)}")
+            raise UserError(f"{file}, {place}: the image is missing; give its path in the column image")
         for column, text in row.items():
             if column in COLUMNS[1:] and any("\ud800" <= c <= "\udfff" for c in text):
                 raise UserError(f"{file}, {place}: the {column} is not UTF-8; save the file as UTF-8")
             if column in COLUMNS[1:] and text.lower() == "nan":
-                raise UserError(f"{file}, {place}: the {column} is {text!r}, a missing value of pandas; fill it in")
+                raise UserError(
+                    f"{file}, {place}: the {column} is {text!r}, as pandas writes a missing value; fill it in"
+                )
         image = file.parent / row["image"]
         if not os.path.isfile(image):
             image = file.parent / row["image"].replace("\\", "/")  # written on Windows
@@ -129,14 +150,14 @@ def _read_manifest(file):
             missing.append(f"{row['image']} ({place})")
         split = row.get("split")
         if split is not None and split.lower() not in SPLITS:
-            raise UserError(f"{file}, {place}: there is the split {split!r}; use train, val or test")
+            raise UserError(f"{file}, {place}: the split {split!r} is unknown; use train, val or test")
         label = _name(row["label"]) if "label" in row else None
         samples.append(Sample(image, label, row.get("caption"), row.get("group"), split and SPLITS[split.lower()]))
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         raise UserError(
-            f"{file} names files that do not exist: {', '.join(missing[:5])}{more}; paths start from the manifest's "
-            "folder, in UTF-8"
+            f"{file} names images that do not exist: {', '.join(missing[:5])}{more}; correct the paths, which start "
+            "from the manifest's folder"
         )
     return samples
 
@@ -153,6 +174,7 @@ def _decode(file):
 
 def _csv_rows(file, text):
     """Yield (place, {column: text}) of each row, without empty cells."""
+    start = 1
     try:
         for delimiter in ",;\t":  # Excel's, as a country writes its numbers
             reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -161,19 +183,27 @@ def _csv_rows(file, text):
                 break
         else:
             found = text.split("\n", 1)[0].strip()[:200]
-            raise UserError(f"{file} has no column named image; its first line is {found!r}, not image,label,…")
+            raise UserError(
+                f"{file} has no column named image; its first line is {found!r}, it should be image,label,…"
+            )
         if len(set(header)) < len(header):
             raise UserError(f"{file} has two columns of the same name; rename one")
+        unused = [name for name in header if name and name not in COLUMNS]
+        if unused:
+            print(f"note: {shown(file)}: these columns are not used: {shown(', '.join(unused))}", file=sys.stderr)
+        start = reader.line_num + 1
         for cells in reader:
-            place = f"line {reader.line_num}"
+            place, start = f"line {start}", reader.line_num + 1
             if any(cells[len(header) :]):
-                raise UserError(f"{file}, {place}: there are more cells than columns; put texts with commas in quotes")
+                mark = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
+                raise UserError(f"{file}, {place}: there are more cells than columns; put texts with {mark} in quotes")
             row = {name: cell.strip() for name, cell in zip(header, cells, strict=False) if cell.strip()}
             if row:
                 yield place, row
     except csv.Error as problem:
         raise UserError(
-            f"{file}, line {reader.line_num}: this is no CSV ({reason(problem)}); is a quotation mark missing?"
+            f"{file}, the row that begins in line {start}: a quotation mark is missing, or is one too many "
+            f"({reason(problem)}); correct it"
         ) from None
 
 
@@ -205,7 +235,7 @@ def class_names(samples):
 
 
 def batch_of(step, count, settings):
-    """→ the epoch that a step is in, and the numbers, below `count`, of its images.
+    """→ the epoch that a step is in, and the indices (0 to count − 1) of its images.
 
     An *epoch* shows every image once, in an order of its own, in batches of nearly equal size; the epochs follow one
     another.

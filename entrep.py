@@ -47,15 +47,15 @@ def _entries(index):
             texts = [row.get(key) for key in ("Path", "DescriptionEN", "Description")] if isinstance(row, dict) else []
             if not (texts and isinstance(texts[0], str) and all(isinstance(t, (str, type(None))) for t in texts)):
                 raise UserError(
-                    f'{index} should be a list of {{"Path": text, "Classification": …, "Description": text}}'
+                    f'{index} should be a list of {{"Path": text, "Classification": …, "Description": text}}; correct it'
                 )
         return [(r["Path"], r.get("Classification"), r.get("DescriptionEN") or r.get("Description")) for r in rows]
     t2i = index.with_name("t2i.json")
     described = read_json(t2i) if t2i.is_file() else {}
     if not isinstance(entries, dict):
-        raise UserError(f"{index} should be {{image: class}}")
+        raise UserError(f'{index} should be a JSON object like {{"a.png": "throat", …}}; correct it')
     if not (isinstance(described, dict) and all(isinstance(image, str) for image in described.values())):
-        raise UserError(f"{t2i} should be {{description: image}}")
+        raise UserError(f'{t2i} should be a JSON object like {{"a polyp": "a.png", …}}; correct it')
     captions = {_plain(image): text for text, image in described.items()}
     return [(image, label, captions.get(_plain(image))) for image, label in entries.items()]
 
@@ -74,7 +74,9 @@ def _find(image, by_name, index):
     if not files:
         raise UserError(f"{index} names {image}, which is not in {index.parent}; put it there, or delete its entry")
     if len(files) > 1:
-        raise UserError(f"{index} names {image}, of which there are two: {files[0]} and {files[1]}; rename one")
+        raise UserError(
+            f"{index} names {image}, of which there are two: {files[0]} and {files[1]}; write its path, or rename one"
+        )
     return files[0]
 
 
@@ -84,7 +86,7 @@ def _class(label, image, index):
     numbers = {str(number): name for number, name in enumerate(names)}
     name = label if label in names else numbers.get(str(label))
     if name is None:
-        raise UserError(f"{index} gives {image} the unknown label {label!r}; known are {', '.join(names)}")
+        raise UserError(f"{index} gives {image} the unknown label {label!r}; correct it to one of {', '.join(names)}")
     return name
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong at a user's: one line that says what to do, exit status 2, never a traceback."""
+"""Errors that a user can cause or mend: one line that says what to do, exit status 2, no traceback."""
 
 import errno
 import os
@@ -12,13 +12,18 @@ class UserError(ValueError):
 
 
 def shown(text):
-    """A name from a file or folder, fit to be printed: what is no printable character is escaped, as it might be an
-    order to the terminal (\\x1b…), a line's end, or a byte that is not UTF-8."""
+    """A name from a file or folder, safe to print: characters that are not printable are escaped, as they could be an
+    order to the terminal (\\x1b…), a line break, or a byte that is not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def counted(number, noun):
+    """1, "image" → "1 image"; 2, "image" → "2 images"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def reason(problem):
-    """An exception → its message, or else its type."""
+    """An exception → its message in one line, or its type if it has none."""
     text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
     return " ".join(str(text).split())[:300]
 
@@ -29,7 +34,7 @@ def advice(problem):
         return "free some space there, or choose another place"
     if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "change its permissions, or choose another place"
-    return "check that path and its disk"
+    return "check that the path is right and that its disk has space"
 
 
 def run_script(main):

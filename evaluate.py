@@ -33,7 +33,7 @@ from metrics import (
     retrieval_intervals,
     retrieval_metrics,
 )
-from runs import find_data, find_run, load_run
+from runs import find_data, find_run, follow_images, load_run
 from splits import read_split, scored_split, trained_images
 
 
@@ -51,7 +51,7 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, i
     images = encode_images(model, files, device, batch_size, workers, "evaluating", bad)  # (N, D)
     samples = [sample for sample in samples if sample.image not in (bad or {})]
     if not samples:
-        raise UserError(f"none of the {len(files):,} images can be read; the first: {bad[files[0]]}")
+        raise UserError(f"none of the {len(files):,} images can be read, {bad[files[0]]}")
     labels = torch.tensor([classes.index(sample.label) for sample in samples])  # (N,)
     with torch.inference_mode():
         predictions = model.classify(images.to(device)).argmax(1).cpu()
@@ -178,14 +178,21 @@ def other_samples(data, run, metadata):
             samples[i] = replace(sample, label=same[0])
     bare = next((sample.image for sample in samples if sample.label is None), None)
     if bare:
-        raise UserError(f"{bare} has no label; evaluate.py needs a folder for each class, or a manifest with labels")
+        raise UserError(
+            f"{bare} has no label; evaluate.py needs a folder for each class, or a manifest with the column label"
+        )
     unknown = sorted({sample.label for sample in samples} - set(metadata.classes))
     if unknown:
         known = ", ".join(metadata.classes)
-        raise UserError(f"{data} has labels that the run does not know: {', '.join(unknown)}; it knows {known}")
+        raise UserError(
+            f"{data} has labels that the run does not know: {', '.join(unknown)}; rename them to its classes, "
+            f"{known}, or leave their images out"
+        )
     trained = trained_images(run)
     seen = sum(sample.image.resolve() in trained for sample in samples)
-    note = f"; note: the run was trained on {seen:,} of them, so the figures flatter" if seen else ""
+    note = (
+        f"; note: the run was trained on {seen:,} of them, by their paths, so the figures are too good" if seen else ""
+    )
     return samples, note
 
 
@@ -205,8 +212,11 @@ def main():
         samples, note = other_samples(name, run, metadata)
     else:
         data, splits = find_data(None, metadata, run), read_split(run)
+        follow_images(splits, run)
         name, note = f"{scored_split(splits)} of {data}", ""
         samples = splits[scored_split(splits)]
+        if not {sample.label for sample in samples} <= set(metadata.classes):
+            raise UserError(f"{run / 'split.csv'} has other classes than the run; restore a copy, or add --data PATH")
     batch_size, bad = args.batch_size or metadata.settings.batch_size, {}
     results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers, True, bad)
     print(shown(f"{run} on the {len(samples) - len(bad):,} images of {name}{note}"), file=sys.stderr)

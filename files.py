@@ -57,7 +57,7 @@ def take_name(temporary, file):
 
 
 def write_text(file, text):
-    """In UTF-8, whatever the locale; bytes of a file's name that are not UTF-8 stay as they are."""
+    """Write a text in UTF-8, whatever the locale; bytes of a file's name that are not UTF-8 stay as they are."""
     with whole(file) as temporary:
         temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
@@ -69,7 +69,7 @@ def write_json(file, content):
 @contextmanager
 def locked(file, says, wait=False):
     """Let no other process into this block while we are in it. The lock dies with its process; the file stays. If
-    another one is in it, wait, or raise UserError; either `says` so."""
+    another process is in it, print `says` and wait, or, without `wait`, raise UserError(says)."""
     try:
         handle = open(file, "ab")  # noqa: SIM115
     except OSError as problem:
@@ -89,7 +89,9 @@ def locked(file, says, wait=False):
 
 
 def make_folder(folder):
-    """With its parents. Raises UserError where that is impossible."""
+    """Make a folder and its parents. Raises UserError where that is impossible."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file; give the name of a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as problem:
@@ -104,13 +106,13 @@ def read_bytes(file):
     """Raises UserError where `file` is no file (a pipe, say, which may never end), or a very long one."""
     try:
         if not os.path.isfile(file):
-            raise UserError(f"there is no file {file}; check the path")
+            raise UserError(f"{file} is no file; check the path")
         with open(file, "rb") as handle:
             content = handle.read(LONGEST + 1)
     except OSError as problem:
         raise UserError(f"cannot read {file} ({reason(problem)}); {advice(problem)}") from None
     if len(content) > LONGEST:
-        raise UserError(f"{file} has more than {LONGEST:,} bytes; this cannot be the right file")
+        raise UserError(f"{file} has more than {LONGEST:,} bytes; check that it is the right file, or split it")
     return content
 
 
@@ -124,19 +126,19 @@ def read_json(file):
 
 
 def parse_json(text):
-    """Text → what it means. A key that stands there twice, NaN and Infinity, which JSON does not know, and endless
-    nesting are a ValueError, too."""
+    """JSON text → Python values. Duplicate keys, NaN and Infinity, which JSON does not know, and endless nesting raise
+    ValueError, too."""
 
     def distinct(pairs):
         content = dict(pairs)
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{twice!r} stands there twice")
+            raise ValueError(f"the key {twice!r} is there twice")
         return content
 
     def refuse(word):
-        raise ValueError(f"{word} is no number")
+        raise ValueError(f"{word} is not allowed, write null")
 
     try:
         return json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)

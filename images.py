@@ -28,7 +28,7 @@ LARGEST = 50_000_000  # pixels; an endoscope's 4K has 8,300,000
 
 
 def find_images(folder):
-    """All image files below a folder, sorted. Hidden files and the debris of macOS archives are passed over."""
+    """All image files below a folder, sorted. Hidden files and leftovers of macOS archives are skipped."""
     return find_files(folder, lambda name: Path(name).suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -55,13 +55,14 @@ def find_files(folder, wanted):
 
 
 def load_image(path):
-    """Open an image file, upright by its EXIF orientation, with 8 bits a channel. Raises UserError."""
+    """Open an image file, upright by its EXIF orientation, with 8 bits a channel; of several frames the first. Raises
+    UserError."""
     try:
         if not os.path.isfile(path):  # a pipe may never end
             raise ValueError("there is no such file")
         with Image.open(path, formats=IMAGE_FORMATS) as file:
             if file.width * file.height > LARGEST:  # before they are decoded
-                raise ValueError(f"it has {file.width} × {file.height} pixels, {LARGEST:,} are allowed")
+                raise ValueError(f"it has {file.width} × {file.height} pixels, more than {LARGEST:,}")
             return _to_8_bits(ImageOps.exif_transpose(file))
     except Exception as problem:  # a damaged file makes a decoder stumble over anything
         unknown = isinstance(problem, UnidentifiedImageError)
@@ -71,7 +72,8 @@ def load_image(path):
 
 def _to_8_bits(image):
     """Grey images of more bits, which Pillow would clip at 255: white ones. Many cameras use 10, 12 or 14 of 16 bits,
-    and no file says so: it is told by the brightest pixel. Numbers with a point up to 1 mean black to white."""
+    and no file says so: it is told by the brightest pixel. Floating-point values of at most 1 are read as 0 (black) to
+    1 (white)."""
     if image.mode[0] not in "IF":
         return image
     values = np.nan_to_num(np.asarray(image, np.float32)).clip(0)

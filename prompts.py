@@ -91,7 +91,8 @@ def class_prompts(classes, file=None):
     own = _read(file) if file else {}
     unknown = sorted(own.keys() - set(classes))
     if unknown:
-        raise UserError(f"{file} has prompts for unknown classes {', '.join(unknown)}; known are {', '.join(classes)}")
+        known = ", ".join(classes)
+        raise UserError(f"{file} has prompts for {', '.join(unknown)}; rename them to classes of the data, {known}")
     return {name: list(own.get(name) or _default(name)) for name in classes}
 
 

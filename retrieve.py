@@ -15,7 +15,7 @@ from cli import Parser, add_run_flags, file_path, find_device, positive_int, rep
 from data import load_dataset
 from errors import UserError, reason, run_script, shown
 from files import whole
-from images import IMAGE_SUFFIXES
+from images import IMAGE_SUFFIXES, load_image
 from kernels import slerp, top_k
 from pictures import contact_sheet
 from runs import find_data, find_run, load_run
@@ -25,9 +25,9 @@ def index_images(run, model, files, device, batch_size, workers):
     """Image files → those that can be read, their (N, embed_dim) embeddings, and {file that cannot: why}.
 
     Embeddings are kept in the run's index.safetensors by the hash of a file's content, so that a moved or copied image
-    need not be encoded again. A file is read for its hash only if its size or one of its two times is not as the index
-    says: the second one, of the last change of anything about the file, no program can set back. The index also holds
-    the model's fingerprint: another model makes it anew.
+    need not be encoded again. A file is read for its hash only if its path, its size, or its time of modification or of
+    status change differs from the index. The last of these changes with any change of the file, and programs cannot set
+    it back. The index also holds the model's fingerprint: another model makes it anew.
     """
     index, key = run / "index.safetensors", fingerprint(model)
     hashes, known = _read_index(index, key, model.clip.config.embed_dim)  # {stamp: content's hash}, {hash: embedding}
@@ -38,7 +38,7 @@ def index_images(run, model, files, device, batch_size, workers):
             hashes[stamp] = hashes.get(stamp) or _hash(file)
             stamps[file] = stamp
         except OSError as problem:
-            bad[file] = f"cannot read the image {file} ({reason(problem)})"
+            bad[file] = f"cannot read the image {file} ({reason(problem)}); repair it or move it away"
     new = [file for file, stamp in stamps.items() if hashes[stamp] not in known]
     saved = time.monotonic()
     try:
@@ -52,7 +52,7 @@ def index_images(run, model, files, device, batch_size, workers):
             _write_index(index, key, hashes, known, stamps)
     good = [file for file, stamp in stamps.items() if hashes[stamp] in known]
     if not good:
-        raise UserError(f"none of the {len(files):,} images can be read; the first: {next(iter(bad.values()))}")
+        raise UserError(f"none of the {len(files):,} images can be read, {next(iter(bad.values()))}")
     return good, torch.stack([known[hashes[stamps[file]]] for file in good]), bad
 
 
@@ -86,7 +86,7 @@ def _read_index(file, key, width):
 
 
 def _write_index(file, key, hashes, known, stamps):
-    """Images of other galleries stay, those that are gone or have changed do not."""
+    """Images of other galleries stay in the index; those that are gone or have changed are dropped."""
     now = {stamp[0]: stamp for stamp in stamps.values()}
     kept = {stamp: content for stamp, content in hashes.items() if content in known}
     kept = {stamp: content for stamp, content in kept.items() if now.get(stamp[0], stamp) == stamp}
@@ -138,9 +138,9 @@ def parse_arguments():
     parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("--text", help="what to look for, in words")
-    parser.add_argument("--image", type=file_path, help="what to look for, by example")
+    parser.add_argument("--image", type=file_path, help="what to look for, by example: an image file")
     parser.add_argument(
-        "--mix", type=typed(float), default=0.5, help="with both: 0 is the image alone, 1 the text alone"
+        "--mix", type=typed(float), help="with --text and --image: 0 is the image alone, 1 the text alone; default: 0.5"
     )
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -149,15 +149,18 @@ def parse_arguments():
     args.text = args.text and args.text.strip()
     if not args.text and not args.image:
         parser.error("say what to look for with --text, --image or both")
+    if args.mix is not None and not (args.text and args.image):
+        raise UserError("--mix needs both --text and --image; leave it out, or add the other")
+    args.mix = 0.5 if args.mix is None else args.mix
     if not 0 <= args.mix <= 1:
         parser.error(f"--mix {args.mix} is not between 0 and 1")
-    if args.image and not args.image.is_file():
-        raise UserError(f"there is no {args.image}")
+    if args.image:
+        load_image(args.image)  # before anything takes long
     Image.init()
     if args.sheet and args.sheet.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"{args.sheet} is no kind of image file that is known here; call it .png")
+        raise UserError(f"--sheet cannot write {args.sheet}; give it a name that ends in .png or .jpg")
     if args.sheet and not args.sheet.parent.is_dir():
-        raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to")
+        raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to; make it first")
     return args
 
 
@@ -170,6 +173,8 @@ def main():
     samples = {sample.image: sample for sample in load_dataset(find_data(args.data, metadata, run))}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
+        if not samples:
+            raise UserError("there is nothing to search but the query image itself; name other images by --data")
     files, gallery, bad = index_images(run, model, list(samples), device, args.batch_size, args.workers)
     query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
     results = search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top)

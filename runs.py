@@ -3,12 +3,14 @@
     runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
                                       settings, classes, prompts and base model as JSON in the file's metadata
     runs/<name>/last.safetensors      all that resuming needs (train.py)
-    runs/<name>/metrics.jsonl         the held-out figures after each tenth of the steps, a line each (train.py)
+    runs/<name>/metrics.jsonl         the figures on val after each tenth of the steps, a line each (train.py)
     runs/<name>/metrics.json          the figures of the best model, and of the untrained one (train.py)
     runs/<name>/split.csv             which image was trained on, and which held out: a manifest (train.py)
     runs/<name>/skipped.txt           images that could not be read, with --skip-bad (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
     runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
+    runs/<name>/.lock                 keeps a second training out
+    runs/named-paths.json             what --data and --weights have named here
 
 Everything is safetensors and JSON: reading a file from elsewhere can't run code.
 """
@@ -32,7 +34,8 @@ from errors import UserError, reason
 from files import locked, make_folder, parse_json, read_bytes, read_json, write_json, write_text
 from lora import merge_lora
 from model import CLIP
-from splits import hash_of, move_split, read_split
+from phantom import DEFAULT
+from splits import hash_of, read_split
 from tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -44,27 +47,42 @@ NAMED = RUNS / "named-paths.json"
 
 
 def follow(path, flag, run):
-    """A path that a run's file gives → the path. A run may come from a stranger, and make us read what it likes: only
-    what lies below the working directory or in weights/, or was named by a flag once before, is followed. Raises
-    UserError."""
-    known = read_json(NAMED) if NAMED.is_file() else []
+    """Return a path that a run's file gives, if it may be read. A run may come from a stranger, who could make us read
+    any file: only what lies below the working directory or in weights/ is read, and what was named by a flag before, or
+    lies in a folder that was. Raises UserError."""
+    folders = [Path.cwd(), WEIGHTS, DEFAULT, *(read_json(NAMED) if NAMED.is_file() else [])]
     try:
-        inside = any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (Path.cwd(), WEIGHTS))
+        real = Path(path).resolve()
+        trusted = any(real.is_relative_to(Path(folder).resolve()) for folder in folders)
     except (OSError, ValueError) as problem:
-        raise UserError(f"{run} names the path {path!r} ({reason(problem)}); give another by {flag}") from None
-    if not inside and path not in known:
-        raise UserError(f"{run} names {path}, outside of this folder; if you trust it, add {flag} {path}")
+        raise UserError(f"{run} gives the path {path!r} ({reason(problem)}); say where it is by {flag}") from None
+    if not trusted:
+        raise UserError(
+            f"{run} wants to read {path}, outside of the working directory; if you trust it, add {flag} "
+            f"{shlex.quote(str(path))}"
+        )
     return path
 
 
-def remember(path):
-    """Let `follow` follow a path that a flag names, from now on."""
-    path = str(Path(path).resolve())
+def remember(*paths):
+    """Let `follow` follow paths that flags name, from now on."""
     known = read_json(NAMED) if NAMED.is_file() else []
-    if path not in known and os.path.exists(path):
+    new = [str(path) for path in (Path(path).resolve() for path in paths) if path.exists() and str(path) not in known]
+    if new:
         with contextlib.suppress(UserError):  # where nothing can be written, the flag is needed again
             make_folder(NAMED.parent)
-            write_json(NAMED, [*known, path])
+            write_json(NAMED, known + new)
+
+
+def remember_images(splits, data):
+    """A data set that a flag names may lie in several places, by links or a manifest's absolute paths."""
+    places = {sample.image.resolve().parent for part in splits.values() for sample in part}
+    remember(*sorted(place for place in places if not place.is_relative_to(Path(data).resolve())))
+
+
+def follow_images(splits, run):
+    for place in {sample.image.parent for part in splits.values() for sample in part}:
+        follow(place, "--data", run)
 
 
 def find_data(data, metadata, run):
@@ -97,9 +115,11 @@ def find_run(run, file="adapter.safetensors"):
             raise UserError(f"there is no run in {RUNS}/; train one with `python train.py`, or give its --run")
         return runs[-1].parent
     if not run.is_dir():
-        raise UserError(f"there is no folder {run}; the runs are in {RUNS}/")
+        raise UserError(f"there is no folder {run}; give --run one of the folders in {RUNS}/")
     if not (run / file).is_file():
-        raise UserError(f"there is no {file} in {run}; train one with `python train.py --run {run}`")
+        if (run / "last.safetensors").is_file():
+            raise UserError(f"{run} was interrupted before it had a model; {_go_on(run)}")
+        raise UserError(f"there is no {file} in {run}; give --run one of the folders in {RUNS}/")
     return run
 
 
@@ -111,13 +131,17 @@ def finished(run):
 
 
 def check_unused(run):
-    """Raise UserError where a new training would write over another one."""
+    """Raise UserError where a new training would overwrite another one."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file; choose another --run")
     if (run / "last.safetensors").exists() and not finished(run):
-        raise UserError(f"{run} holds an interrupted training; go on with it by --resume, or choose another --run")
+        raise UserError(f"{run} holds an interrupted training; {_go_on(run)}, or choose another --run")
     if (run / "adapter.safetensors").exists():
-        raise UserError(f"{run} holds a model already; choose another --run")
+        raise UserError(f"{run} already holds a trained model; choose another --run")
+
+
+def _go_on(run):
+    return f"go on with: python train.py --resume --run {shlex.quote(str(run))}"
 
 
 @contextlib.contextmanager
@@ -134,8 +158,7 @@ def claimed(run, new=False):
         try:
             yield
         except KeyboardInterrupt:
-            hint = f"go on with: python train.py --resume --run {shlex.quote(str(run))}"
-            raise KeyboardInterrupt(*[hint] if (run / "last.safetensors").exists() else []) from None
+            raise KeyboardInterrupt(*[_go_on(run)] if (run / "last.safetensors").exists() else []) from None
 
 
 def new_folder(settings):
@@ -185,7 +208,9 @@ def unfinished_run(run, longer):
     """--resume's run: the newest unfinished one, or the named one. longer: it may be a finished one, too."""
     if run is not None:
         if not longer and finished(run):
-            raise UserError(f"{run} is finished; --resume --steps N trains on, up to N steps")
+            raise UserError(f"{run} is finished; to train it longer, add --steps N, all in all")
+        if run.is_dir() and not (run / "last.safetensors").is_file():
+            raise UserError(f"{run} cannot be resumed, it has no last.safetensors; train a new run")
         return find_run(run, "last.safetensors")
     runs = sorted(RUNS.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
     runs = [path.parent for path in runs if longer or not finished(path.parent)]
@@ -195,15 +220,15 @@ def unfinished_run(run, longer):
 
 
 def read_saved(run, given):
-    """→ what a run `Saved`, and its splits. given: the settings on the command line. --data and --weights may say where
-    these are now, --steps may prolong the training; any other change is a UserError."""
+    """A run → what it `Saved`, and its splits. given: the settings on the command line. --data and --weights may say
+    where these are now, --steps may prolong the training; any other change is a UserError."""
     file = run / "last.safetensors"
     tensors, stored = read_safetensors(file)
     metadata = Metadata.read(stored, file)
     try:
         state = State(**stored["state"])
     except (KeyError, TypeError):
-        raise UserError(f"{file} is of another version; train again") from None
+        raise UserError(f"{file} is of another version or damaged; train a new run") from None
     settings = metadata.settings
     for name, value in given.items():
         old = getattr(settings, name)
@@ -211,34 +236,28 @@ def read_saved(run, given):
             raise UserError(f"--steps {value} is less than the {state.step} steps that {run} has done; give more")
         if value != old and name not in ("data", "weights", "steps"):
             flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} would change the training, begun with {_said(old)}; leave it out, or train a new run"
-            )
+            said = "the default" if old is None else ",".join(map(str, old)) if isinstance(old, tuple) else old
+            begun = f"with {flag} {said}" if not isinstance(old, bool) else f"{'with' if old else 'without'} {flag}"
+            raise UserError(f"{run} was begun {begun}; leave the flag out, or train a new run")
     data = find_data(given.get("data"), metadata, run)
-    if data != settings.data:
-        data = os.path.abspath(data)
-        move_split(run, Path(settings.data), Path(data))
+    data = data if data == "phantom" else os.path.abspath(data)
     weights = find_base(given.get("weights"), settings.weights, run)
-    splits = read_split(run)
+    splits = read_split(run, moved=(settings.data, data) if data != settings.data else None)
+    follow_images(splits, run)
     if hash_of(splits) != state.split:
         raise UserError(f"{run / 'split.csv'} has changed since the run was begun; restore it, or train a new run")
     settings = replace(settings, data=data, weights=weights, steps=given.get("steps", settings.steps))
     return Saved(replace(metadata, settings=settings), state, tensors), splits
 
 
-def _said(value):
-    """A setting as it is said in a sentence."""
-    words = {None: "the default", True: "it on", False: "it off"}
-    if value is None or isinstance(value, bool):
-        return words[value]
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def resume(run, saved, metadata, model, optimization, device):
     """Set model and optimizer back to where the run was interrupted → State. Raises UserError where the weights are
     others than when the run was begun."""
     if metadata.base["fingerprint"] != saved.metadata.base["fingerprint"]:
-        raise UserError(f"{metadata.settings.weights} has other weights than when {run} was begun; train a new run")
+        raise UserError(
+            f"{metadata.settings.weights} holds other weights than when {run} was begun; name those by --weights, or "
+            "train a new run"
+        )
     prefix = "model."
     trained = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
     load_trained(model, trained, run / "last.safetensors")
@@ -252,7 +271,7 @@ def resume(run, saved, metadata, model, optimization, device):
 
 
 def log(run, step, line=None):
-    """Cut metrics.jsonl after a step, and add a line, a JSON object."""
+    """Drop the lines of metrics.jsonl after a step, and append one, a JSON object."""
     file, lines = run / "metrics.jsonl", []
     for text in read_bytes(file).decode("utf-8", "replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
@@ -301,7 +320,7 @@ def load_run(run, device, weights=None, merge=True):
         weights = find_base(weights, base["weights"], run)
         clip, tokenizer = load_base(weights)
         if fingerprint(clip) != base["fingerprint"]:
-            raise UserError(f"{run} was trained on other base weights than {weights}; give them by --weights")
+            raise UserError(f"{run} was trained on other base weights than {weights}; say where they are by --weights")
     model = assemble(clip, settings, len(metadata.classes))
     load_trained(model, tensors, file)
     if merge:

@@ -39,7 +39,10 @@ class Settings:
         "default: phantom for --data phantom, else clip-vit-b-16",
     )
     split: str = setting(
-        str, "how to hold images out, see splits.py", "auto", choices=("auto", "random", "group", "manifest")
+        str,
+        "auto: by the manifest's split column, else its groups, else at random",
+        "auto",
+        choices=("auto", "random", "group", "manifest"),
     )
     fold: str | None = setting(
         str,
@@ -53,7 +56,9 @@ class Settings:
         "together",
         choices=("together", "ignore"),
     )
-    skip_bad: bool = setting(bool, "go on without the images that cannot be read; by default they end it", False)
+    skip_bad: bool = setting(
+        bool, "leave out images that cannot be read; without it, one such image stops the training", False
+    )
     seed: int = setting(int, "fixes the split and everything random", 0, low=0, high=2**31 - 1)
     batch_size: int = setting(int, "images in a step, at most", 32, low=1, high=2**16)
     steps: int = setting(
@@ -69,7 +74,9 @@ class Settings:
         high=1000,
     )
     weight_decay: float = setting(float, "AdamW's, on matrices", 0.05, low=0, high=1000)
-    warmup: float = setting(float, "share of the steps in which the learning rate grows", 0.1, low=0, high=1)
+    warmup: float = setting(
+        float, "share of the steps over which the learning rate rises to its peak", 0.1, low=0, high=1
+    )
     flip: str = setting(
         str,
         "swap: mirror images, and swap left and right in their texts; none: don't mirror; naive: mirror, but leave the "
@@ -110,7 +117,8 @@ class Settings:
             items = value if expected["listed"] else (value,)
             fits = isinstance(items, tuple) and items and all(_fits(item, **expected) for item in items)
             if not fits or len(set(items)) < len(items):
-                raise UserError(f"{_flag(f)} should be {_describe(**expected)}, not {value!r}")
+                given = ",".join(map(str, value)) if isinstance(value, tuple) and value else repr(value)
+                raise UserError(f"{_flag(f)} should be {_describe(**expected)}, not {given[:200]}")
 
     @classmethod
     def from_flags(cls, args):
@@ -168,7 +176,7 @@ def refuse_idle(given, settings):
     else:
         return
     if idle:
-        raise UserError(f"--{idle[0].replace('_', '-')} does nothing with {why}; leave one of them out")
+        raise UserError(f"--{idle[0].replace('_', '-')} has no effect with {why}; leave one of them out")
 
 
 def _flag(f):
@@ -189,4 +197,4 @@ def _describe(kind, low, high, choices, listed):
         noun = f"one of {', '.join(choices)}"
     elif high < math.inf:
         noun += f" from {low:,} to {high:,}"
-    return f"a list of distinct items, each {noun}" if listed else noun
+    return f"{noun}; or several, each once, with commas between them" if listed else noun

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from data import COLUMNS, Sample, class_names, load_dataset
-from errors import UserError, reason, shown
+from errors import UserError, counted, reason, shown
 from files import read_bytes, write_text
 from images import find_duplicates, look_at
 from sides import describe_flips, mirror_text
@@ -43,12 +43,18 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicat
     """
     unlabelled = next((sample for sample in samples if sample.label is None), None)
     if unlabelled:
-        raise UserError(f"{unlabelled.image} has no label; give a sub-folder for each class, or a manifest with labels")
+        raise UserError(
+            f"{unlabelled.image} has no label; give a sub-folder for each class, or a manifest with the column label"
+        )
     if how == "auto":
         has_split, has_group = any(sample.split for sample in samples), any(sample.group for sample in samples)
         how = "manifest" if has_split else "group" if has_group else "random"
     if how == "group" and not all(sample.group for sample in samples):
-        raise UserError("not every image has a group; fill the manifest's group column, or use --split random")
+        lacking = next(sample.image for sample in samples if not sample.group)
+        raise UserError(
+            f"{lacking} has no group; fill the manifest's group column for every image, or use --split random, which "
+            "may put a patient on both sides"
+        )
     if how == "manifest":
         if fold:
             raise UserError("--fold makes its own splits; use --split group or --split random with it")
@@ -61,14 +67,21 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicat
             splits = (_split_by_group if how == "group" else _split_randomly)(samples, unit, seed, fraction)
     classes = class_names(splits["train"])
     if len(classes) < 2:
-        found = f"one class only, {classes[0]!r}" if classes else "nothing"
-        raise UserError(f"there is {found} to train on; give images of two classes or more")
+        if not classes:
+            raise UserError("no image is marked train; mark some in the manifest's split column")
+        raise UserError(f"there is only one class to train on, {classes[0]!r}; give images of two classes or more")
     for name in ("val", "test"):
         unknown = sorted(set(class_names(splits[name])) - set(classes))
         if unknown:
-            raise UserError(f"the {name} split has labels that train lacks: {', '.join(unknown)}; move some to train")
+            raise UserError(
+                f"the {name} split has labels that train lacks: {', '.join(unknown)}; mark some of these as train"
+            )
     if not splits["val"]:
-        raise UserError("nothing to validate on; give more images, or mark some as val in the manifest's split column")
+        if how == "manifest":
+            raise UserError("no image is marked val; mark some in the manifest's split column, or use --split random")
+        raise UserError(
+            "no class has a second group that could be held out; give images of more groups, or use --split random"
+        )
     return splits
 
 
@@ -100,17 +113,17 @@ def describe(splits, samples, duplicates=(), bad=(), flip="swap"):
 def _notes(splits, samples, duplicates, bad):
     """Yield what makes the split's figures doubtful."""
     if bad:
-        yield f"{len(bad):,} images cannot be read and are left out"
+        yield f"{counted(len(bad), 'image')} cannot be read and left out"
     if duplicates:
-        yield f"{len(duplicates):,} pictures are there more than once; their copies are kept on one side"
+        yield f"{counted(len(duplicates), 'picture')} found more than once; copies are kept on one side"
     label = {sample.image: sample.label for sample in samples}
     for copies in duplicates:
         a, b = copies[0], next((image for image in copies if label[image] != label[copies[0]]), None)
         if b:
-            yield f"{a} and {b} show the same picture, but are {label[a]!r} and {label[b]!r}"
+            yield f"{a} and {b} show the same picture, but are {label[a]!r} and {label[b]!r}; correct one of them"
     if len(samples) > sum(map(len, splits.values())):
         left_out = len(samples) - sum(map(len, splits.values()))
-        yield f"{left_out:,} copies stood on another side than their first; these are left out"
+        yield f"{counted(left_out, 'image')} left out, a copy of which is on another side of the split"
     classes, sides = class_names(splits["train"]), {}
     for name, part in splits.items():
         lacking = set(classes) - set(class_names(part))
@@ -120,10 +133,10 @@ def _notes(splits, samples, duplicates, bad):
             sides.setdefault(sample.group, set()).add(name)
     mixed = sorted(group for group, names in sides.items() if group and len(names) > 1)
     if mixed:
-        yield f"{len(mixed):,} groups are on several sides, {mixed[0]} for one, so the figures flatter"
+        yield f"{counted(len(mixed), 'group')} on several sides, {mixed[0]} for one: the figures are too good"
     for name in ("val", "test"):
         if 0 < len(splits[name]) < FEW:
-            yield f"{name} has {len(splits[name])} images only: its figures are rough"
+            yield f"only {counted(len(splits[name]), 'image')} in {name}: its figures are rough"
 
 
 def write_split(file, splits):
@@ -147,7 +160,9 @@ def _by_label(samples):
 
 def _split_by_manifest(samples, seed, fraction, duplicates):
     if not all(sample.split for sample in samples):
-        raise UserError("not every entry of the manifest has a split; fill the column, or use --split random")
+        raise UserError(
+            "not every image has a split; fill the manifest's split column, or use --split group or --split random"
+        )
     splits = {name: [s for s in samples if s.split == name] for name in ("train", "val", "test")}
     if splits["test"] and splits["train"] and not splits["val"]:
         by_group = all(sample.group for sample in splits["train"])
@@ -185,7 +200,7 @@ def _split_randomly(samples, unit, seed, fraction):
         images = sorted({unit[sample.image] for sample in members})  # an image with two captions stays on one side
         if len(images) < 2:
             raise UserError(
-                f"class {label!r} has one image (copies count once); give two, to train on and to validate on"
+                f"class {label!r} has only one image (copies count once); give at least two, or leave the class out"
             )
         chosen.update(rng.sample(images, max(1, round(fraction * len(images)))))
     return _divide(samples, unit, chosen)
@@ -231,7 +246,7 @@ def _split_by_fold(samples, unit, seed, fold):
     random.Random(seed).shuffle(units)
     units.sort(key=lambda name: -content[name].total())
     if len(units) < parts:
-        raise UserError(f"--fold {fold}: {len(units)} groups or images cannot make {parts} parts; use fewer")
+        raise UserError(f"--fold {fold}: there are only {len(units)} groups or images for {parts} parts; use fewer")
     folds = [[] for _ in range(parts)]
     loads = [Counter() for _ in range(parts)]
     for name in units:
@@ -246,7 +261,7 @@ def _split_by_fold(samples, unit, seed, fold):
 
 
 def few(samples, shots, seed):
-    """→ `shots` random images of each class, or as many as there are. Those of fewer shots are among those of more."""
+    """→ `shots` random images of each class, or as many as there are. Fewer shots are a subset of more."""
     chosen = set()
     for members in _by_label(samples).values():
         images = sorted({sample.image for sample in members})
@@ -258,14 +273,14 @@ def load_checked(settings, workers):
     """→ the samples of --data, lists of images that show the same picture, and {image that cannot be read: why}. Raises
     UserError where there are such images, unless they are to be skipped."""
     samples = load_dataset(settings.data)
-    print(f"looking at {len(samples):,} images", flush=True)
+    print(f"reading {counted(len(samples), 'image')} to find damaged ones and copies", flush=True)
     looks, bad = look_at([sample.image for sample in samples], workers)
     for why in bad.values():
         print(shown(why))
     if bad and not settings.skip_bad:
         raise UserError(
-            f"{len(bad):,} of {len(samples):,} images cannot be read, {next(iter(bad))} for one, all are named above; "
-            "repair them or move them away, or go on without them by --skip-bad"
+            f"{len(bad):,} of {len(samples):,} images cannot be read, {next(iter(bad))} for one, all are listed above; "
+            "repair them or move them away, or add --skip-bad to go on without them"
         )
     samples = [sample for sample in samples if sample.image not in bad]
     return samples, find_duplicates(looks) if settings.duplicates == "together" else [], bad
@@ -278,26 +293,41 @@ def make_splits(settings, workers):
     return splits, describe(splits, samples, duplicates, bad, settings.flip), bad
 
 
-def read_split(run):
-    """→ the splits that a run keeps. Raises UserError."""
-    return split_dataset(load_dataset(run / "split.csv"), "manifest")
+def read_split(run, moved=None):
+    """→ the splits that a run keeps. moved: (old, new), where the images of one data set, folder or manifest, were and
+    are; what the run keeps then says so. Raises UserError where an image is missing: nothing is changed then."""
+    rows, kept = _kept_rows(run), run / "split.csv"
+    if moved:
+        manifests = (".csv", ".jsonl")
+        old, new = (os.path.abspath(p.parent if p.suffix.lower() in manifests else p) for p in map(Path, moved))
+        for row in rows:
+            if row[0].startswith(old + os.sep):
+                row[0] = new + row[0].removeprefix(old)
+    missing = next((row[0] for row in rows if not os.path.isfile(row[0])), None)
+    if missing:
+        raise UserError(
+            f"{missing} is missing, which {kept} names; if the images have moved, say where they are by train.py "
+            "--resume --data, or correct the paths there"
+        )
+    if moved:
+        _write_rows(kept, rows)
+    splits = {name: [] for name in ("train", "val", "test")}
+    for image, label, *texts, split in rows:
+        splits[split].append(Sample(Path(image), label, *(text or None for text in texts), split))
+    return splits
 
 
-def move_split(run, old, new):
-    """Let the split that a run keeps name the images where they are now: below another folder, or beside another copy
-    of the manifest."""
-    old, new = (
-        os.path.abspath(path.parent if path.suffix.lower() in (".csv", ".jsonl") else path) for path in (old, new)
-    )
-    rows = list(csv.reader(io.StringIO(_text_of(run / "split.csv"), newline="")))
-    for row in rows[1:]:
-        if row[0].startswith(old + os.sep):
-            row[0] = new + row[0].removeprefix(old)
-    _write_rows(run / "split.csv", rows[1:])
-
-
-def _text_of(file):
-    return read_bytes(file).decode("utf-8", "surrogateescape")
+def _kept_rows(run):
+    """→ the rows of a run's split.csv: image, label, caption, group, split."""
+    kept = run / "split.csv"
+    try:
+        text = read_bytes(kept).decode("utf-8", "surrogateescape")
+        header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        if header != list(COLUMNS) or not all(len(row) == 5 and row[4] in ("train", "val", "test") for row in rows):
+            raise ValueError("its columns or splits are others")
+        return rows
+    except (ValueError, csv.Error) as problem:
+        raise UserError(f"{kept} is damaged ({reason(problem)}); restore a copy, or train a new run") from None
 
 
 def hash_of(splits):
@@ -311,14 +341,8 @@ def hash_of(splits):
 
 def trained_images(run):
     """→ the image files that a run was trained on; they need not be there any more."""
-    kept = run / "split.csv"
-    if not kept.is_file():
-        return set()
-    try:
-        rows = csv.DictReader(io.StringIO(_text_of(kept), newline=""))
-        return {Path(row["image"]) for row in rows if row["split"] == "train"}
-    except (KeyError, TypeError, csv.Error) as problem:
-        raise UserError(f"{kept} is damaged ({reason(problem)}); delete it, if you don't need it") from None
+    rows = _kept_rows(run) if (run / "split.csv").is_file() else []
+    return {Path(row[0]) for row in rows if row[4] == "train"}
 
 
 def main():

@@ -91,7 +91,7 @@ class Tokenizer:
         candidates = [path / name for name in names] if path.is_dir() else [path]
         file = next((f for f in candidates if f.is_file()), None)
         if file is None:
-            raise UserError(f"no {names[0]} at {path}; `python weights/download.py` fetches CLIP's")
+            raise UserError(f"there is no {names[0]} in {path}; put the one that belongs to the weights there")
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as f:
                 text = f.read(LONGEST_FILE + 1)
@@ -99,7 +99,9 @@ class Tokenizer:
                 raise ValueError(f"more than {LONGEST_FILE:,} bytes")
             lines = [line.split() for line in text.decode("utf-8").split("\n")[1:]]  # the first line is a version
         except (OSError, EOFError, zlib.error, ValueError) as problem:
-            raise UserError(f"cannot read the merges {file} ({reason(problem)}); download them again") from None
+            raise UserError(
+                f"cannot read the merges {file} ({reason(problem)}); put those that belong to the weights there"
+            ) from None
         merges = [tuple(pair) for pair in lines if len(pair) == 2][:CLIP_MERGES]
 
         base = list(BYTE_SYMBOLS.values())

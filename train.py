@@ -33,11 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from build import load_trained, new_model, too_long, trained_parameters
+from build import check_model, load_trained, new_model, too_long, trained_parameters
 from checkpoint import read_safetensors
 from cli import Parser, Progress, add_machine_flags, autocast, file_path, find_device
 from data import batch_of, class_names, training_batches
-from errors import UserError, run_script, shown
+from errors import UserError, counted, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
 from files import write_json, write_text
 from fusion import slerp_mix
@@ -45,7 +45,19 @@ from images import normalize
 from kernels import contrastive_loss
 from optimization import Optimization
 from prompts import class_prompts
-from runs import State, check_unused, claimed, keep, log, new_folder, read_saved, remember, resume, unfinished_run
+from runs import (
+    State,
+    check_unused,
+    claimed,
+    keep,
+    log,
+    new_folder,
+    read_saved,
+    remember,
+    remember_images,
+    resume,
+    unfinished_run,
+)
 from settings import Settings, add_settings, given_settings, refuse_idle
 from splits import hash_of, make_splits, scored_split, write_split
 
@@ -55,7 +67,10 @@ ROUNDS = 10  # of a training
 def parse_arguments():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "--run", type=file_path, help="folder to train into; default: a new one in runs/, or the last to resume"
+        "--run",
+        type=file_path,
+        help="folder to train into, by default a new one in runs/; with --resume: that of the run to go on with, by "
+        "default the newest unfinished one",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run, or with more --steps a finished one"
@@ -123,8 +138,9 @@ def train_round(model, tokenizer, samples, metadata, steps, optimization, device
         step = wrong[0] if wrong else steps.stop - 1
         _, batch = batch_of(step, len(samples), metadata.settings)
         raise UserError(
-            f"loss or weights are not finite after step {step + 1}, learning rate {optimization.rate(step):.1e}; "
-            f"train again with a smaller --lr; the images were {', '.join(str(samples[i].image) for i in batch)}"
+            f"loss or weights are not finite after step {step + 1}, learning rate {optimization.rate(step):.1e}; train "
+            "a new run with a smaller --lr; if that does not help, look at the images of this step: "
+            + ", ".join(str(samples[i].image) for i in batch)
         )
     return losses.mean().item()
 
@@ -163,7 +179,8 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     }
     cut = too_long(tokenizer, texts, model.clip.config.context_length)
     if cut:
-        print(f"note: {len(cut):,} texts are longer than the model can read, their ends are cut: {shown(cut[0][:60])}…")
+        what = counted(len(cut), "prompt or caption")
+        print(f"note: too long for the model, so that the end is cut: {what}; the first: {shown(cut[0][:60])}…")
 
     def figures(split, **more):
         return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, workers, **more)
@@ -200,14 +217,14 @@ def begin(args, device):
     refuse_idle(args.given, settings)
     if args.run:
         check_unused(args.run)
+    check_model(settings)
     splits, overview, bad = make_splits(settings, args.workers)
     prompts = class_prompts(class_names(splits["train"]), args.prompts)
     print(overview)
     run = args.run or new_folder(settings)
     with claimed(run, new=True):
-        for path in (settings.data, settings.weights):
-            if os.path.isabs(path):  # no name
-                remember(path)
+        remember(*(path for path in (settings.data, settings.weights) if os.path.isabs(path)))  # others are names
+        remember_images(splits, settings.data)
         write_split(run / "split.csv", splits)
         if bad:
             write_text(run / "skipped.txt", "".join(f"{shown(why)}\n" for why in bad.values()))

@@ -154,13 +154,13 @@ def test_splits_have_their_usual_names(tmp_path, written, split):
     ("text", "says"),
     [
         ("label,caption\na,b\n", "no column named image; its first line is 'label,caption'"),
-        ("image,label\na.png,x\n,y\n", "line 3: there is no image"),
+        ("image,label\na.png,x\n,y\n", "line 3: the image is missing"),
         ("image,label\na.png,x\nmissing.png,y\n", "missing.png"),
         ("image,label\nsub,x\n", "sub"),
         ("image,split\na.png,holdout\n", "'holdout'"),
         ("image,label\n", "no images"),
         ("", "no column named image"),
-        ('image,caption\na.png,"' + "x" * 200_000 + '"\n', "this is no CSV"),
+        ('image,caption\na.png,"' + "x" * 200_000 + '"\n', "a quotation mark is missing"),
     ],
 )
 def test_mistakes_in_a_csv_are_named(tmp_path, text, says):
@@ -173,7 +173,7 @@ def test_mistakes_in_a_csv_are_named(tmp_path, text, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"label": "x"}', "line 1: there is no image"),
+        ('{"label": "x"}', "line 1: the image is missing"),
         ('{"image": "a.png"}\n{"image": "missing.png"}', "missing.png"),
         ('{"image": "a.png", "split": "holdout"}', "'holdout'"),
         ('{"image": "a.png"}\n["image", "a.png"]', "not a JSON object"),
@@ -215,8 +215,8 @@ def test_letters_of_two_parts_make_the_same_class(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('image,label\na.png,"x\nsub/b.png,y\n', "line 3: this is no CSV"),
-        ('image,label,caption\na.png,x,"open\nsub/b.png,y,"closed"\n', "this is no CSV"),
+        ('image,label\na.png,"x\nsub/b.png,y\n', "the row that begins in line 2: a quotation mark is missing"),
+        ('image,label,caption\na.png,x,"open\nsub/b.png,y,"closed"\n', "a quotation mark"),
         ("image,label,caption\na.png,x,red, large\n", "line 2: there are more cells than columns"),
         ("image,label,Label\na.png,x,y\n", "two columns of the same name"),
         ("file,class\na.png,x\n", "its first line is 'file,class'"),
@@ -244,8 +244,8 @@ def test_a_link_to_an_image_is_the_same_image(tmp_path):
     [
         ('{"image": "a.png", "label": true}', "'label' is neither a text nor a number"),
         ('{"image": ["a.png"]}', "'image' is neither a text nor a number"),
-        ('{"image": "a.png", "label": NaN}', "NaN is no number"),
-        ('{"image": "a.png", "image": "b.png"}', "'image' stands there twice"),
+        ('{"image": "a.png", "label": NaN}', "NaN is not allowed"),
+        ('{"image": "a.png", "image": "b.png"}', "the key 'image' is there twice"),
         ('{"image": "a.png", "label": "\\ud800"}', "the label is not UTF-8"),
     ],
 )

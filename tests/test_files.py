@@ -87,7 +87,7 @@ def test_whoever_waits_for_a_lock_gets_it(tmp_path, capsys):
 def test_only_files_of_moderate_size_are_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing", Path("/dev/zero")):
-        assert "there is no file" in user_error(read_bytes, path)
+        assert "is no file" in user_error(read_bytes, path)
     monkeypatch.setattr(files, "LONGEST", 10)
     (tmp_path / "long").write_bytes(b"x" * 11)
     assert "more than 10 bytes" in user_error(read_bytes, tmp_path / "long")
@@ -96,9 +96,9 @@ def test_only_files_of_moderate_size_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a": 1, "b": 2, "a": 3}', "'a' stands there twice"),
-        ("[NaN]", "NaN is no number"),
-        ("[-Infinity]", "Infinity is no number"),
+        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' is there twice"),
+        ("[NaN]", "NaN is not allowed"),
+        ("[-Infinity]", "Infinity is not allowed"),
         ("[" * 100_000, "nested too deeply"),
         ("[1,", "Expecting value"),
     ],

@@ -54,13 +54,16 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
     save_merges([("a", "b")], wrong / "merges.txt")
     assert "tokens" in training(wrong)
     assert "nothing to fuse" in training(base, "--levels", "4")
-    assert "4 blocks" in training(base, "--levels", "3,9") and "4" in training(base, "--lora-blocks", "12")
+    assert "no block 9" in training(base, "--levels", "3,9")
+    assert "blocks are 1 to 4" in training(base, "--lora-blocks", "12")
 
 
 def test_other_mistakes_are_one_line(script, trained, base, pictures, tmp_path):
     taken = mistake(script(train, "--data", pictures / "images", "--run", trained, "--weights", base))
     assert "holds a model already" in taken
-    assert "-1 is not from 0 to" in mistake(script(train, "--data", pictures / "images", "--workers", -1))
+    assert "-1 is not a whole number from 0 to" in mistake(
+        script(train, "--data", pictures / "images", "--workers", -1)
+    )
     (tmp_path / "file").write_text("")
     assert "is a file" in mistake(script(train, "--data", pictures / "images", "--run", tmp_path / "file"))
     assert "no folder" in mistake(script(classify, "--run", tmp_path / "nowhere", pictures / "images"))

@@ -91,7 +91,7 @@ def test_an_archive_of_oddities_trains_with_the_right_counts(script, archive, ba
     assert not (tmp_path / "run").exists()
     status, out, err = script(train, *flags, "--skip-bad")
     assert status == 0, err
-    assert f"{good} images of 2 classes" in out and f"note: {len(bad)} images cannot be read and are left out" in out
+    assert f"{good} images of 2 classes" in out and f"note: {len(bad)} images cannot be read and left out" in out
     assert len((tmp_path / "run/skipped.txt").read_text().splitlines()) == len(bad)
     assert "\x1b" not in out and "tai trái “b”\\n左.jpg" in out
     assert script(evaluate, "--run", tmp_path / "run", "--workers", 0)[0] == 0
@@ -105,7 +105,7 @@ def test_an_archive_of_oddities_is_classified_and_searched_but_for_the_bad(scrip
     run = shutil.copytree(trained, tmp_path / "run")
     status, out, err = script(classify, "--run", run, folder, "--json", "--workers", 2)
     assert status == 1 and len(json.loads(out)) == good
-    assert f"{len(bad)} images could not be read; the others are done" in err
+    assert f"{len(bad)} images could not be read, as listed above, and left out" in err
     assert named(err) == bad
     status, out, err = script(classify, "--run", run, folder)
     assert status == 1 and "\x1b" not in out + err and len(out.splitlines()) == 1 + good
@@ -274,9 +274,9 @@ def test_sigterm_ends_like_an_interruption(pictures, base, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--lora-rank", 0, "--lora-blocks", "3"], "--lora-blocks does nothing with --lora-rank 0"),
-        (["--full", "--lora-rank", 8], "--lora-rank does nothing with --full"),
-        (["--fusion", "none", "--levels", "2"], "--levels does nothing with --fusion none"),
+        (["--lora-rank", 0, "--lora-blocks", "3"], "--lora-blocks has no effect with --lora-rank 0"),
+        (["--full", "--lora-rank", 8], "--lora-rank has no effect with --full"),
+        (["--fusion", "none", "--levels", "2"], "--levels has no effect with --fusion none"),
     ],
 )
 def test_flags_that_do_nothing_together_are_refused(script, pictures, base, flags, says):
@@ -288,7 +288,7 @@ def test_a_text_that_is_cut_is_said(script, pictures, base, tmp_path, trained):
     (tmp_path / "prompts.json").write_text(json.dumps({"half-left": [long]}))
     flags = ["--data", pictures / "images", "--weights", base, "--steps", 1, "--prompts", "prompts.json"]
     status, out, _ = script(train, *flags)
-    assert status == 0 and "note: 1 texts are longer than the model can read" in out
+    assert status == 0 and "note: too long for the model, so that the end is cut: 1 prompt or caption" in out
     flags = ["--run", trained, "--data", pictures / "images", "--text", long]
     assert "note: the text is longer than the model can read" in script(retrieve, *flags)[2]
 

@@ -102,7 +102,7 @@ def test_a_damaged_metrics_file_does_not_pass_for_a_finished_run(script, picture
 
 def test_a_finished_run_can_be_prolonged(script, pictures, base, tmp_path, monkeypatch):
     assert script(train, *arguments(pictures / "images", base, "--run", "runs/a"))[0] == 0
-    assert "is finished; --resume --steps N" in mistake(script(train, "--resume", "--run", "runs/a"))
+    assert "is finished; to train it longer, add --steps N" in mistake(script(train, "--resume", "--run", "runs/a"))
     assert "less than the 10 steps" in mistake(script(train, "--resume", "--run", "runs/a", "--steps", 9))
     status, out, _ = script(train, "--resume", "--run", "runs/a", "--steps", 20)
     assert status == 0 and "resuming after step 10" in out
@@ -119,10 +119,10 @@ def test_a_finished_run_can_be_prolonged(script, pictures, base, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--seed", 1], "--seed would change the training, begun with 0; leave it out"),
-        (["--lr", 0.1], "begun with 0.0005"),
-        (["--full"], "--full would change the training, begun with it off"),
-        (["--levels", "1,2"], "begun with the default"),
+        (["--seed", 1], "begun with --seed 0; leave the flag out"),
+        (["--lr", 0.1], "begun with --lr 0.0005"),
+        (["--full"], "begun without --full"),
+        (["--levels", "1,2"], "begun with --levels the default"),
         (["--prompts", "x.json"], "leave --prompts out"),
     ],
 )
@@ -144,7 +144,7 @@ def test_moved_images_and_weights_are_named_and_the_result_is_the_same(script, p
     assert script(train, *flags, "--run", "runs/broken")[0] == 130
     (tmp_path / "old").rename(tmp_path / "new")
     (tmp_path / "base").rename(tmp_path / "moved")
-    assert "split.csv" in mistake(script(train, "--resume"))
+    assert "say where they are by train.py --resume" in mistake(script(train, "--resume"))
     assert "download.py" in mistake(script(train, "--resume", "--data", "new/images"))
     assert script(train, "--resume", "--data", "new/images", "--weights", "moved")[0] == 0
     whole, broken = (load_file(f"runs/{name}/adapter.safetensors") for name in ("whole", "broken"))
@@ -253,4 +253,4 @@ def test_tensors_that_do_not_fit_the_settings_take_no_memory(script, trained, pi
 def test_odd_metadata_is_refused(script, trained, pictures, tmp_path, change):
     file = trained / "adapter.safetensors"
     save_file(load_file(file), tmp_path / file.name, metadata={"info": json.dumps({**_stored(file), **change})})
-    assert "metadata that does not fit" in mistake(script(classify, "--run", tmp_path, pictures / "images"))
+    assert "another version or damaged" in mistake(script(classify, "--run", tmp_path, pictures / "images"))
