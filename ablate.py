@@ -32,15 +32,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import Parser, add_machine_flags, file_path, find_device, positive_int, typed
+from cli import Parser, add_machine_flags, file_path, find_device, positive_int, whole_number
 from data import class_names
-from errors import UserError, run_script
+from errors import UserError, counted, run_script
 from files import make_folder, read_json, write_json, write_text
 from pictures import curves
 from prompts import class_prompts
 from runs import claimed, finished
-from settings import Settings, add_settings
-from splits import few, load_checked, split_dataset, write_split
+from settings import Settings, add_settings, given_settings, refuse_idle
+from split_file import hash_of, write_split
+from splits import describe, few, load_checked, split_dataset
 from train import train
 
 OFF = {  # part: the settings that switch it off
@@ -116,10 +117,15 @@ def rows_of_settings(texts, parser, settings):
     rows = {"all": Row(with_parts(*OFF))}
     for text in texts:
         flags = [f"--{flag}" for flag in text.split()]
-        new, old = asdict(Settings.from_flags(parser.parse_args([*sys.argv[1:], *flags]))), asdict(settings)
+        varied = Settings.from_flags(parser.parse_args([*sys.argv[1:], *flags]))
+        refuse_idle([flag.strip("-").split("=")[0].replace("-", "_") for flag in flags], varied)
+        new, old = asdict(varied), asdict(settings)
         changes = {key: value for key, value in new.items() if value != old[key]}
         if not changes or changes.keys() & {"data", "split", "fold", "duplicates", "seed"}:
-            raise UserError(f"--vary {text!r} changes nothing that could be compared; name other settings of train.py")
+            raise UserError(
+                f"--vary {text!r} changes no setting that can be compared; name flags of train.py other than data, "
+                "split, fold, duplicates and seed, with other values"
+            )
         rows[text] = Row(Variant(text, changes), against="all")
     return rows
 
@@ -162,12 +168,15 @@ class Trainings:
         )
         if shots:
             splits["train"] = few(splits["train"], shots, settings.seed)
+        if not self.done:
+            print(describe(splits, self.samples, self.duplicates), file=sys.stderr)
         classes = class_names(splits["train"])
         prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
         # All that decides the untrained model's figures, which are computed once. From scratch they are chance.
         key = settings.seed, settings.fold, settings.weights, variant.prompts
         known = self.untrained.get(key)
         make_folder(run)
+        (run / "log.txt").unlink(missing_ok=True)  # it might be a link
         with (
             claimed(run),
             open(run / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log,
@@ -259,13 +268,12 @@ def parse_arguments():
     add = parser.add_argument_group("ablation").add_argument
     add("--parts", action="store_true", help="what each part is worth alone, added, and left out")
     add("--shots", type=numbers, metavar="A,B,…", help="train on so many images of each class; held-out ones stay")
-    add("--vary", action="append", default=[], help="another setting, like lora-rank=4; two at once: 'lr=1e-3 slerp=1'")
+    add("--vary", action="append", help="another setting, like lora-rank=4; two at once: 'lr=1e-3 slerp=1'")
     add(
         "--seeds",
-        type=typed(int),
+        type=whole_number,
         nargs="+",
-        default=[0, 1, 2, 3, 4],
-        help="train everything once with each of these seeds",
+        help="train everything once with each of these seeds; default: 0 1 2 3 4",
     )
     add("--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn")
     add("--folder", type=file_path, default=Path("runs/ablation"), help="where runs and tables are written")
@@ -274,9 +282,18 @@ def parse_arguments():
     add_settings(parser)
     args = parser.parse_args()
     if ((args.parts or args.vary) and args.shots and len(args.shots) > 1) or (args.parts and args.vary):
-        raise UserError("ask one question: --parts or --vary, each with one number of --shots, or several --shots")
-    if args.fold or (args.seed and not args.folds):
-        raise UserError("give --seeds, or --folds; train.py's --seed and --fold are for one training")
+        raise UserError(
+            "ask one question at a time: --parts, --vary, or --shots with several numbers; --parts and --vary may be "
+            "joined with one number of --shots"
+        )
+    args.given = given_settings(parser)
+    if args.given.keys() & {"seed", "fold"}:
+        raise UserError("--seed and --fold are for a single training; use --seeds or --folds here")
+    if args.folds and args.seeds:
+        raise UserError("--folds takes the place of --seeds; leave one of them out")
+    if args.folds == 1:
+        raise UserError("--folds should be 2 or more, not 1")
+    args.seeds = args.seeds or [0, 1, 2, 3, 4]
     return parser, args
 
 
@@ -290,14 +307,14 @@ def check_folder(folder, flags):
     kept = folder / "settings.json"
     same = kept.exists() and read_json(kept) == json.loads(json.dumps(flags))
     if any(folder.glob("*/metrics.json")) and not same:
-        raise UserError(f"{folder} holds an ablation with other flags; choose another --folder")
+        raise UserError(f"{folder} holds an ablation with other flags, images or prompts; choose another --folder")
     write_json(kept, flags)
 
 
 def main():
     parser, args = parse_arguments()
     settings = Settings.from_flags(args)
-    check_folder(args.folder, {**asdict(settings), "prompts": str(args.prompts)})
+    refuse_idle(args.given, settings)
     if args.vary:
         question, rows = "vary", rows_of_settings(args.vary, parser, settings)
     elif args.shots and not args.parts:
@@ -309,6 +326,8 @@ def main():
         repeats = {f"fold-{k}-of-{args.folds}": {"fold": f"{k}/{args.folds}"} for k in range(1, args.folds + 1)}
     total = len({row.variant.name for row in rows.values()}) * len(args.shots or [None]) * len(repeats)
     trainings, start, lines, against = Trainings(settings, repeats, args, total), time.monotonic(), {}, {}
+    prompts, images = read_json(args.prompts) if args.prompts else None, hash_of({"all": trainings.samples})
+    check_folder(args.folder, {**asdict(settings), "images": images, "prompts": prompts})
     for shots in args.shots or (None,):
         results = {name: trainings.run(row, shots) for name, row in rows.items()}
         for name, row in rows.items():
@@ -324,7 +343,7 @@ def main():
     if question == "shots":
         write_text(args.folder / "shots.svg", draw_shots(summary, args.shots, rows))
     print(table, end="")
-    print(f"{trainings.done} trainings in {(time.monotonic() - start) / 60:.0f} min", file=sys.stderr)
+    print(f"{counted(trainings.done, 'training')} in {(time.monotonic() - start) / 60:.0f} min", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from checkpoint import fingerprint, load_base
 from cli import Progress, autocast
-from errors import UserError, reason
+from errors import UserError, counted, reason, shown
 from fusion import FusedCLIP, default_levels
 from images import load_image, normalize, prefetch, resize_and_crop
 from lora import add_lora
@@ -65,8 +65,10 @@ def _texts(items):
 
 
 def start_from_scratch(texts, run):
-    """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder."""
-    save_merges(learn_merges(texts, 1000), run / "merges.txt")
+    """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder. A run
+    that is resumed has them already."""
+    if not (run / "last.safetensors").exists():
+        save_merges(learn_merges(texts, 1000), run / "merges.txt")
     tokenizer = Tokenizer(run)
     return CLIP(CLIPConfig(**{**asdict(SCRATCH), "vocab_size": len(tokenizer)})).initialize(), tokenizer
 
@@ -178,6 +180,13 @@ def encode_texts(model, tokenizer, texts, device):
     tokens = tokenizer(texts, model.clip.config.context_length)
     with autocast(device):
         return torch.cat([model.encode_text(part.to(device)).float().cpu() for part in tokens.split(256)])
+
+
+def describe_cut(tokenizer, texts, context_length):
+    """→ a line about the texts that are too long, or nothing where there are none."""
+    cut = too_long(tokenizer, dict.fromkeys(texts), context_length)
+    what = counted(len(cut), "prompt or caption")
+    return f"note: too long for the model, so that the end is cut: {what}; {shown(cut[0][:60])}…\n" if cut else ""
 
 
 def too_long(tokenizer, texts, context_length):

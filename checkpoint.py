@@ -7,6 +7,7 @@ language. Nothing here reads or writes pickle, so a file from elsewhere can't ru
 import hashlib
 import json
 import math
+import os
 import re
 import zlib
 from pathlib import Path
@@ -165,7 +166,7 @@ def infer_config(tensors, naming, file):
             )
     context_length = shape("text.position_embedding", 2)[0]
     if not (grid and layers("visual.blocks") and layers("text.blocks") and context_length > 2):
-        raise UserError(f"{file} is not a CLIP ViT checkpoint: it lacks patches, blocks or positions; name another")
+        raise UserError(f"{file} is no CLIP ViT, it lacks patches, blocks or positions; name another")
     return CLIPConfig(
         embed_dim=projection[1] if naming is OPENAI else projection[0],
         image_size=grid * patch_size,
@@ -240,6 +241,8 @@ def _save(tensors, file, metadata):
 def read_safetensors(file):
     """→ (tensors, JSON object) as `write_safetensors` wrote them. Raises UserError."""
     try:
+        if not os.path.isfile(file):  # a pipe, say, which may never end
+            raise OSError("it is no file")
         with open(file, "rb"), safe_open(file, "pt") as f:
             info = parse_json(f.metadata()["info"])
             if not isinstance(info, dict):

@@ -1,17 +1,16 @@
 """Classify images with a fine-tuned model: python classify.py IMAGE-OR-FOLDER…"""
 
 import csv
-import json
 import sys
 
 import torch
 
 from build import encode_images
-from cli import Parser, add_run_flags, file_path, find_device, report_bad
-from data import load_dataset
+from cli import Parser, add_run_flags, file_path, find_device, print_json, report_bad
 from errors import UserError, run_script, shown
 from images import find_images
-from runs import find_data, find_run, load_run
+from runs import find_run, load_run
+from trust import find_samples
 
 
 def classify(model, classes, files, device, batch_size, workers):
@@ -52,16 +51,19 @@ def main():
     device = find_device(args.device)
     run = find_run(args.run)
     model, _, metadata = load_run(run, device, args.weights)
-    files = list(dict.fromkeys(files or (s.image for s in load_dataset(find_data(args.data, metadata, run)))))
+    files = list(dict.fromkeys(files or (s.image for s in find_samples(args.data, metadata, run))))
     results, bad = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
     print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print_json(results)
     elif args.csv:
+        name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
         writer = csv.writer(sys.stdout)
-        writer.writerow(["image", "class", "probability", *metadata.classes])
-        writer.writerows([r["image"], r["class"], r["probability"], *r["classes"].values()] for r in results)
+        writer.writerow(["image", "class", "probability", *map(name, metadata.classes)])
+        writer.writerows(
+            [name(r["image"]), name(r["class"]), r["probability"], *r["classes"].values()] for r in results
+        )
     else:
         table = [("image", "class", "probability", "runner-up")]
         for r in results:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import time
@@ -110,6 +111,12 @@ def find_device(name):
         return device
     except (RuntimeError, AssertionError):  # AssertionError: PyTorch without CUDA
         raise UserError(f"there is no device {name!r} on this machine; try --device cpu") from None
+
+
+def print_json(value):
+    """In UTF-8, but for what a terminal would obey."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def report_bad(bad):

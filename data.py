@@ -29,8 +29,10 @@ from errors import UserError, reason, shown
 from files import parse_json, read_bytes
 from images import augment, find_images, load_image, prefetch
 from phantom import default_dataset
-from sides import mirror_label, mirror_text
+from sides import mirror_classes, mirror_text
 
+MISSING = {"nan", "#n/a", "<na>", "nat"}
+MOST_ROWS, LONGEST_CAPTION = 1_000_000, 10_000  # characters
 COLUMNS = ("image", "label", "caption", "group", "split")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -83,6 +85,8 @@ def _without_contradictions(samples):
             same = first.setdefault((status.st_dev, status.st_ino), sample)
         except OSError:  # no such file; whoever opens it will say so
             continue
+        if sample.caption and len(sample.caption) > LONGEST_CAPTION:
+            raise UserError(f"the caption of {sample.image} has more than {LONGEST_CAPTION:,} characters; shorten it")
         for name in ("label", "group", "split"):
             values = [getattr(s, name) for s in (same, sample)]
             if values[0] != values[1]:
@@ -131,17 +135,19 @@ def _name(text):
 
 
 def _read_manifest(file):
-    rows = list((_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, _decode(file)))
     samples, missing = [], []
-    for place, row in rows:
+    for place, row in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, _decode(file)):
+        if len(samples) == MOST_ROWS:
+            raise UserError(f"{file} has more than {MOST_ROWS:,} rows; split it")
         if "image" not in row:
             raise UserError(f"{file}, {place}: the image is missing; give its path in the column image")
         for column, text in row.items():
             if column in COLUMNS[1:] and any("\ud800" <= c <= "\udfff" for c in text):
                 raise UserError(f"{file}, {place}: the {column} is not UTF-8; save the file as UTF-8")
-            if column in COLUMNS[1:] and text.lower() == "nan":
+            missing_value = MISSING | {"none", "null", "n/a"} if column == "group" else MISSING
+            if column in COLUMNS[1:] and (text.lower() in missing_value or set(text) == {"#"}):
                 raise UserError(
-                    f"{file}, {place}: the {column} is {text!r}, as pandas writes a missing value; fill it in"
+                    f"{file}, {place}: the {column} is {text!r}, as programs write a missing value; fill it in"
                 )
         image = file.parent / row["image"]
         if not os.path.isfile(image):
@@ -152,7 +158,8 @@ def _read_manifest(file):
         if split is not None and split.lower() not in SPLITS:
             raise UserError(f"{file}, {place}: the split {split!r} is unknown; use train, val or test")
         label = _name(row["label"]) if "label" in row else None
-        samples.append(Sample(image, label, row.get("caption"), row.get("group"), split and SPLITS[split.lower()]))
+        group = " ".join(_name(row["group"]).split()) if "group" in row else None  # of one patient, however typed
+        samples.append(Sample(image, label, row.get("caption"), group, split and SPLITS[split.lower()]))
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         raise UserError(
@@ -256,7 +263,7 @@ def training_batches(samples, prompts, settings, steps, size, workers):
     All randomness comes from seed, epoch and index, so that a step has the same batch whether or not training was
     interrupted before it, and whatever the number of workers.
     """
-    mirrored_label = {name: mirror_label(name, prompts) for name in prompts}
+    mirrored_label = mirror_classes(prompts)
     mirrored_text = lru_cache(maxsize=None)(mirror_text)
 
     def item(epoch_and_index):

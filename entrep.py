@@ -47,7 +47,7 @@ def _entries(index):
             texts = [row.get(key) for key in ("Path", "DescriptionEN", "Description")] if isinstance(row, dict) else []
             if not (texts and isinstance(texts[0], str) and all(isinstance(t, (str, type(None))) for t in texts)):
                 raise UserError(
-                    f'{index} should be a list of {{"Path": text, "Classification": …, "Description": text}}; correct it'
+                    f'{index} should be a list of {{"Path": …, "Classification": …, "Description": …}}; correct it'
                 )
         return [(r["Path"], r.get("Classification"), r.get("DescriptionEN") or r.get("Description")) for r in rows]
     t2i = index.with_name("t2i.json")

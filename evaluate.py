@@ -9,7 +9,6 @@ images, from another hospital, say; their classes should be named as the run's a
     … same caption   the same two searches, but only images with exactly the query's caption are relevant
 """
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -17,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from build import encode_images, encode_texts
-from cli import Parser, add_run_flags, find_device, report_bad
+from cli import Parser, add_run_flags, find_device, print_json, report_bad
 from data import load_dataset
 from errors import UserError, run_script, shown
 from metrics import (
@@ -33,8 +32,11 @@ from metrics import (
     retrieval_intervals,
     retrieval_metrics,
 )
-from runs import find_data, find_run, follow_images, load_run
-from splits import read_split, scored_split, trained_images
+from prompts import NO_WORD
+from runs import find_run, load_run
+from split_file import read_split, trained_images
+from splits import scored_split
+from trust import find_data, follow_images
 
 
 def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None):
@@ -167,7 +169,7 @@ def other_samples(data, run, metadata):
     way than the run's classes: ear_left, Ear Left. Raises UserError where they are missing or unknown to the run."""
 
     def plain(name):
-        return re.sub(r"[\W_]+", "-", name.casefold())
+        return re.sub(NO_WORD, "-", name.casefold())
 
     samples, spelling = load_dataset(data), {}
     for name in metadata.classes:
@@ -211,7 +213,8 @@ def main():
         name = find_data(args.data, metadata, run)
         samples, note = other_samples(name, run, metadata)
     else:
-        data, splits = find_data(None, metadata, run), read_split(run)
+        data = find_data(None, metadata, run)
+        splits = read_split(run, load_dataset(data) if data == "phantom" else None)
         follow_images(splits, run)
         name, note = f"{scored_split(splits)} of {data}", ""
         samples = splits[scored_split(splits)]
@@ -220,7 +223,10 @@ def main():
     batch_size, bad = args.batch_size or metadata.settings.batch_size, {}
     results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers, True, bad)
     print(shown(f"{run} on the {len(samples) - len(bad):,} images of {name}{note}"), file=sys.stderr)
-    print(json.dumps(results, indent=2, ensure_ascii=False) if args.json else table(results))
+    if args.json:
+        print_json(results)
+    else:
+        print(table(results))
     report_bad(bad)
 
 

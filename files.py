@@ -71,7 +71,8 @@ def locked(file, says, wait=False):
     """Let no other process into this block while we are in it. The lock dies with its process; the file stays. If
     another process is in it, print `says` and wait, or, without `wait`, raise UserError(says)."""
     try:
-        handle = open(file, "ab")  # noqa: SIM115
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        handle = os.fdopen(os.open(file, flags, 0o666), "rb+", buffering=0)
     except OSError as problem:
         raise UserError(f"cannot write {file} ({reason(problem)}); {advice(problem)}") from None
     with handle:

@@ -3,8 +3,10 @@
 file ─ load_image ─ Pillow image ─ resize_and_crop, or augment ─ uint8 pixels ─ normalize ─ float pixels for CLIP
 """
 
+import math
 import os
 import random
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-LARGEST = 50_000_000  # pixels; an endoscope's 4K has 8,300,000
+LARGE, LARGEST, LONGEST = 12_000_000, 50_000_000, 100_000  # pixels; an endoscope's 4K has 8,300,000
+MOST_FOLDERS = 100_000
+ONE_AT_A_TIME = threading.Lock()
 
 
 def find_images(folder):
@@ -49,6 +53,8 @@ def find_files(folder, wanted):
             folders.clear()
             continue
         above[place] = outer | {real}
+        if len(above) > MOST_FOLDERS:
+            raise UserError(f"{folder} has more than {MOST_FOLDERS:,} folders, by links perhaps; name a smaller one")
         folders[:] = in_view(folders)
         found += [Path(place, name) for name in in_view(names) if wanted(name)]
     return sorted(found)
@@ -61,9 +67,15 @@ def load_image(path):
         if not os.path.isfile(path):  # a pipe may never end
             raise ValueError("there is no such file")
         with Image.open(path, formats=IMAGE_FORMATS) as file:
-            if file.width * file.height > LARGEST:  # before they are decoded
-                raise ValueError(f"it has {file.width} × {file.height} pixels, more than {LARGEST:,}")
-            return _to_8_bits(ImageOps.exif_transpose(file))
+            if file.width * file.height > LARGEST or max(file.size) > LONGEST:  # before they are decoded
+                raise ValueError(
+                    f"{file.width} × {file.height} are more than {LARGEST:,} pixels, or {LONGEST:,} a side"
+                )
+            if file.width * file.height <= LARGE:
+                return _to_8_bits(ImageOps.exif_transpose(file))
+            with ONE_AT_A_TIME:  # several at once could fill the memory
+                image = to_rgb(_to_8_bits(ImageOps.exif_transpose(file)))
+                return image.reduce(math.ceil(math.sqrt(file.width * file.height / LARGE)))
     except Exception as problem:  # a damaged file makes a decoder stumble over anything
         unknown = isinstance(problem, UnidentifiedImageError)
         why = f"it is none of {', '.join(IMAGE_FORMATS)}" if unknown else reason(problem)
@@ -182,6 +194,8 @@ def find_duplicates(looks):
     hash alone would not do: some different phantoms have the same one, but their thumbnails differ by 3.3 levels or
     more. Of 139 frames of real videos no two with similar hashes are nearer than 4 levels.
     """
+    # Black frames, of a covered lens say, are no copies: they would tie patients together.
+    looks = {file: (bits, thumbnail) for file, (bits, thumbnail) in looks.items() if thumbnail.std() > NEAR_GREYS}
     if not looks:
         return []
     files, looks = list(looks), list(looks.values())

@@ -55,7 +55,10 @@ class Optimization:
     def restore(self, tensors, device):
         """Take over AdamW's state as `tensors` gave it."""
         for name, p in self.parameters.items():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            if any(tensors[f"{key}.{name}"].shape not in (p.shape, ()) for key in keys):
+            shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            keys = [key for key in shapes if f"{key}.{name}" in tensors]
+            kept = [tensors[f"{key}.{name}"] for key in keys]
+            fit = [t.shape == shapes[key] and t.dtype == torch.float32 for key, t in zip(keys, kept, strict=True)]
+            if len(keys) not in (0, 3) or not all(fit) or (keys and kept[0] < 0):
                 raise UserError(f"the saved training does not fit its own settings in {name}; train again")
             self.adamw.state[p] = {key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device) for key in keys}

@@ -14,12 +14,11 @@ patient's right one. For a left one the x axis is mirrored: a left picture is a 
     python phantom.py entrep-phantom --count 1400 --scope B      # writes a data set in the ENTRep layout
 """
 
-import argparse
 import csv
 import io
 import json
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from math import cos, pi, radians, sin
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from errors import UserError, run_script
+from errors import UserError, advice, reason, run_script
 from files import locked
 
 # A caption is the site's name and the findings' ones, joined by commas. English and Vietnamese.
@@ -425,16 +424,20 @@ def write_dataset(folder, count=COUNT, scope="B", seed=0):
     UserError where the folder is not empty or cannot be written.
     """
     folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; give a new folder for the phantoms")
     try:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty; give a new folder for the phantoms")
-        _write_train(folder / "train", range(0, count, 4), scope, seed)
-        _write_public(folder / "public", [i for i in range(count) if i % 4], scope, seed)
-        _write_test(folder / "test", range(TEST_START, TEST_START + count // 2), scope, seed)
-        (folder / "__MACOSX").mkdir()
-        (folder / "__MACOSX/._x.png").write_bytes(b"\0\5\x16\7Mac OS X")  # as archives packed on a Mac have it
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".phantoms-", dir=folder.parent) as unfinished:
+            made = Path(unfinished, folder.name)  # it takes its place when it is whole
+            _write_train(made / "train", range(0, count, 4), scope, seed)
+            _write_public(made / "public", [i for i in range(count) if i % 4], scope, seed)
+            _write_test(made / "test", range(TEST_START, TEST_START + count // 2), scope, seed)
+            (made / "__MACOSX").mkdir()
+            (made / "__MACOSX/._x.png").write_bytes(b"\0\5\x16\7Mac OS X")  # as archives packed on a Mac have it
+            made.replace(folder)
     except OSError as problem:
-        raise UserError(f"cannot write phantoms to {folder} ({problem}); give a folder that can be written") from None
+        raise UserError(f"cannot write phantoms to {folder} ({reason(problem)}); {advice(problem)}") from None
 
 
 def _write_images(folder, prefix, numbers, scope, seed):
@@ -492,28 +495,23 @@ def default_dataset():
     if not DEFAULT.exists():
         drawn = f"{COUNT:,} ENT phantoms, and {COUNT // 2} to test on,"
         print(f"drawing {drawn} into {DEFAULT}, once", file=sys.stderr, flush=True)
-        unfinished = DEFAULT.with_suffix(".tmp")  # an interruption must not leave half a data set
         with locked(DEFAULT.with_suffix(".lock"), "another program draws them; waiting for its end", wait=True):
             if not DEFAULT.exists():
-                shutil.rmtree(unfinished, ignore_errors=True)
-                write_dataset(unfinished)
-                unfinished.rename(DEFAULT)
+                write_dataset(DEFAULT)
     return DEFAULT
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw ENT phantoms: a data set in the ENTRep layout.")
-    parser.add_argument("folder", nargs="?", help="where to write; without it, some captions are printed")
+    from cli import Parser, file_path, positive_int, whole_number
+
+    parser = Parser("Draw ENT phantoms: a data set in the ENTRep layout.")
     parser.add_argument(
-        "--count", type=int, default=COUNT, help=f"images of train and public together; default: {COUNT}"
+        "folder", nargs="?", type=file_path, help="where to write; without it, some captions are printed"
     )
-    parser.add_argument(
-        "--scope", choices=list(SCOPES), default="B", help="which of the two scopes sees them; default: B"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="another number draws other phantoms; default: 0")
+    parser.add_argument("--count", type=positive_int, default=COUNT, help="images of train and public together")
+    parser.add_argument("--scope", choices=list(SCOPES), default="B", help="which of the two scopes sees them")
+    parser.add_argument("--seed", type=whole_number, default=0, help="another number draws other phantoms")
     args = parser.parse_args()
-    if args.count < 1 or args.seed < 0:
-        raise UserError("--count should be 1 or more, and --seed 0 or more")
     if args.folder:
         write_dataset(args.folder, args.count, args.scope, args.seed)
         print(f"{args.count} phantoms of scope {args.scope} in {args.folder}, and {args.count // 2} to test on")

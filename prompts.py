@@ -26,6 +26,9 @@ TEMPLATES = (
     "a close-up endoscopic photograph of {}",
 )
 
+# What separates words in a name; signs stay, as HPV+ and HPV- are different classes.
+NO_WORD = r"[^\w+<>≤≥=#-]+|_+|(?<=\w)-(?=\w)"
+
 # The patient's right side is on the left of the picture: the septum of the right nasal cavity lies on the picture's
 # right. The eardrum's cone of light points forwards and down: to 5 o'clock in a right ear, to 7 in a left one. The
 # classes are in the order of the challenge's numbers, 0 to 6.
@@ -97,7 +100,7 @@ def class_prompts(classes, file=None):
 
 
 def _default(name):
-    words = re.sub(r"[\W_]+", " ", name).strip() or name
+    words = re.sub(NO_WORD, " ", name).strip() or name
     return ENTREP_PROMPTS.get(words.lower().replace(" ", "-")) or [template.format(words) for template in TEMPLATES]
 
 

@@ -1,7 +1,6 @@
 """Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -11,14 +10,14 @@ from PIL import Image
 
 from build import encode_batches, encode_images, encode_texts, too_long
 from checkpoint import fingerprint, read_safetensors, write_safetensors
-from cli import Parser, add_run_flags, file_path, find_device, positive_int, report_bad, typed
-from data import load_dataset
+from cli import Parser, add_run_flags, file_path, find_device, positive_int, print_json, report_bad, typed
 from errors import UserError, reason, run_script, shown
 from files import whole
 from images import IMAGE_SUFFIXES, load_image
 from kernels import slerp, top_k
 from pictures import contact_sheet
-from runs import find_data, find_run, load_run
+from runs import find_run, load_run
+from trust import find_samples
 
 
 def index_images(run, model, files, device, batch_size, workers):
@@ -80,7 +79,7 @@ def _read_index(file, key, width):
         hashes = {(str(path), *map(int, numbers)): content for path, *numbers, content in info["images"]}
         if info["model"] == key and known.keys() >= set(hashes.values()) and tensors["features"].shape[1] == width:
             return hashes, known
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
         pass
     return {}, {}
 
@@ -159,6 +158,8 @@ def parse_arguments():
     Image.init()
     if args.sheet and args.sheet.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"--sheet cannot write {args.sheet}; give it a name that ends in .png or .jpg")
+    if args.sheet and args.top > 200:
+        raise UserError("a contact sheet has room for 200 images; use a smaller --top")
     if args.sheet and not args.sheet.parent.is_dir():
         raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to; make it first")
     return args
@@ -170,7 +171,7 @@ def main():
     model, tokenizer, metadata = load_run(run, device, args.weights)
     if args.text and too_long(tokenizer, [args.text], model.clip.config.context_length):
         print("note: the text is longer than the model can read; its end is cut", file=sys.stderr)
-    samples = {sample.image: sample for sample in load_dataset(find_data(args.data, metadata, run))}  # an image once
+    samples = {sample.image: sample for sample in find_samples(args.data, metadata, run)}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
         if not samples:
@@ -183,7 +184,7 @@ def main():
         with whole(args.sheet) as temporary:
             contact_sheet(results, args.text, args.image).save(temporary, Image.EXTENSION[args.sheet.suffix.lower()])
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print_json(results)
     else:
         print_table(results)
     report_bad(bad)

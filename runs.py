@@ -10,14 +10,12 @@
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
     runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
     runs/<name>/.lock                 keeps a second training out
-    runs/named-paths.json             what --data and --weights have named here
 
 Everything is safetensors and JSON: reading a file from elsewhere can't run code.
 """
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import time
@@ -29,78 +27,17 @@ from typing import NamedTuple
 import torch
 
 from build import Metadata, assemble, fingerprint_of_merges, load_trained
-from checkpoint import WEIGHTS, base_folder, fingerprint, infer_config, load_base, read_safetensors, write_safetensors
-from errors import UserError, reason
-from files import locked, make_folder, parse_json, read_bytes, read_json, write_json, write_text
+from checkpoint import fingerprint, infer_config, load_base, read_safetensors, write_safetensors
+from data import load_dataset
+from errors import UserError
+from files import locked, make_folder, parse_json, read_bytes, read_json, write_text
 from lora import merge_lora
 from model import CLIP
-from phantom import DEFAULT
-from splits import hash_of, read_split
+from split_file import hash_of, read_split, write_split
 from tokenizer import Tokenizer
+from trust import find_base, find_data, follow_images
 
 RUNS = Path("runs")
-NAMED = RUNS / "named-paths.json"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Paths from files
-
-
-def follow(path, flag, run):
-    """Return a path that a run's file gives, if it may be read. A run may come from a stranger, who could make us read
-    any file: only what lies below the working directory or in weights/ is read, and what was named by a flag before, or
-    lies in a folder that was. Raises UserError."""
-    folders = [Path.cwd(), WEIGHTS, DEFAULT, *(read_json(NAMED) if NAMED.is_file() else [])]
-    try:
-        real = Path(path).resolve()
-        trusted = any(real.is_relative_to(Path(folder).resolve()) for folder in folders)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{run} gives the path {path!r} ({reason(problem)}); say where it is by {flag}") from None
-    if not trusted:
-        raise UserError(
-            f"{run} wants to read {path}, outside of the working directory; if you trust it, add {flag} "
-            f"{shlex.quote(str(path))}"
-        )
-    return path
-
-
-def remember(*paths):
-    """Let `follow` follow paths that flags name, from now on."""
-    known = read_json(NAMED) if NAMED.is_file() else []
-    new = [str(path) for path in (Path(path).resolve() for path in paths) if path.exists() and str(path) not in known]
-    if new:
-        with contextlib.suppress(UserError):  # where nothing can be written, the flag is needed again
-            make_folder(NAMED.parent)
-            write_json(NAMED, known + new)
-
-
-def remember_images(splits, data):
-    """A data set that a flag names may lie in several places, by links or a manifest's absolute paths."""
-    places = {sample.image.resolve().parent for part in splits.values() for sample in part}
-    remember(*sorted(place for place in places if not place.is_relative_to(Path(data).resolve())))
-
-
-def follow_images(splits, run):
-    for place in {sample.image.parent for part in splits.values() for sample in part}:
-        follow(place, "--data", run)
-
-
-def find_data(data, metadata, run):
-    """--data, by default what the run was trained on."""
-    if data is None and metadata.settings.data != "phantom":
-        return follow(metadata.settings.data, "--data", run)
-    if data not in (None, "phantom"):
-        remember(data)
-    return data or "phantom"
-
-
-def find_base(weights, base, run):
-    """--weights, by default those that the run was trained on."""
-    if weights is None and base not in ("phantom", "clip-vit-b-16", "scratch"):
-        return follow(base, "--weights", run)
-    if weights is not None and base_folder(weights) == Path(weights):
-        remember(weights)
-    return weights or base
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +47,8 @@ def find_base(weights, base, run):
 def find_run(run, file="adapter.safetensors"):
     """The --run flag → the run's folder, by default the newest that has `file`. Raises UserError."""
     if run is None:
-        runs = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+        runs = [path for path in RUNS.glob(f"*/{file}") if path.is_file()]
+        runs.sort(key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError(f"there is no run in {RUNS}/; train one with `python train.py`, or give its --run")
         return runs[-1].parent
@@ -138,6 +76,9 @@ def check_unused(run):
         raise UserError(f"{run} holds an interrupted training; {_go_on(run)}, or choose another --run")
     if (run / "adapter.safetensors").exists():
         raise UserError(f"{run} already holds a trained model; choose another --run")
+    ours = ("split.csv", "merges.txt", "model.safetensors", "metrics.json")
+    if any((run / name).exists() for name in ours) and not (run / ".lock").exists():
+        raise UserError(f"{run} holds files that would be overwritten; choose another --run")
 
 
 def _go_on(run):
@@ -149,6 +90,7 @@ def claimed(run, new=False):
     """Keep other trainings out of the run's folder while the block runs, and let Ctrl-C name the command that goes on.
     new: make the folder."""
     if new:
+        check_unused(run)
         make_folder(run)
     with locked(run / ".lock", f"another training writes to {run}; wait for its end, or choose another --run"):
         if new:
@@ -212,7 +154,8 @@ def unfinished_run(run, longer):
         if run.is_dir() and not (run / "last.safetensors").is_file():
             raise UserError(f"{run} cannot be resumed, it has no last.safetensors; train a new run")
         return find_run(run, "last.safetensors")
-    runs = sorted(RUNS.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
+    runs = [path for path in RUNS.glob("*/last.safetensors") if path.is_file()]
+    runs.sort(key=lambda path: path.stat().st_mtime)
     runs = [path.parent for path in runs if longer or not finished(path.parent)]
     if not runs:
         raise UserError(f"there is no unfinished run in {RUNS}/; give its --run, or train one without --resume")
@@ -240,12 +183,18 @@ def read_saved(run, given):
             begun = f"with {flag} {said}" if not isinstance(old, bool) else f"{'with' if old else 'without'} {flag}"
             raise UserError(f"{run} was begun {begun}; leave the flag out, or train a new run")
     data = find_data(given.get("data"), metadata, run)
-    data = data if data == "phantom" else os.path.abspath(data)
+    data = data if data == "phantom" else str(Path(data).resolve())
     weights = find_base(given.get("weights"), settings.weights, run)
-    splits = read_split(run, moved=(settings.data, data) if data != settings.data else None)
+    moved = data == "phantom" or data != settings.data
+    splits = read_split(run, load_dataset(data) if moved else None)
     follow_images(splits, run)
     if hash_of(splits) != state.split:
-        raise UserError(f"{run / 'split.csv'} has changed since the run was begun; restore it, or train a new run")
+        raise UserError(
+            f"the images of {data}, or {run / 'split.csv'}, are others than when the run was begun; restore them, or "
+            "train a new run"
+        )
+    if moved:
+        write_split(run / "split.csv", splits)
     settings = replace(settings, data=data, weights=weights, steps=given.get("steps", settings.steps))
     return Saved(replace(metadata, settings=settings), state, tensors), splits
 

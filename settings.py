@@ -171,10 +171,12 @@ def refuse_idle(given, settings):
     if settings.full or not settings.lora_rank:
         why = "--lora-rank 0" if not settings.lora_rank else "--full" if "full" in given else "--weights scratch"
         idle = [name for name in given if name.startswith("lora_") and (name != "lora_rank" or settings.lora_rank)]
-    elif settings.fusion == "none":
-        why, idle = "--fusion none", [name for name in given if name == "levels"]
-    else:
-        return
+        _refuse(idle, why)
+    if settings.fusion == "none":
+        _refuse([name for name in given if name == "levels"], "--fusion none")
+
+
+def _refuse(idle, why):
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} has no effect with {why}; leave one of them out")
 

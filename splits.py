@@ -7,20 +7,14 @@ Try changing this: in `main`, split "random" with other seeds and count the pati
 of five. By "group" there are none.
 """
 
-import csv
-import hashlib
-import io
-import os
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from data import COLUMNS, Sample, class_names, load_dataset
-from errors import UserError, counted, reason, shown
-from files import read_bytes, write_text
+from data import Sample, class_names, load_dataset
+from errors import UserError, counted, shown
 from images import find_duplicates, look_at
-from sides import describe_flips, mirror_text
 
 FEW = 30  # images to be scored: one of them is more than 0.03 of the accuracy
 
@@ -90,7 +84,7 @@ def scored_split(splits):
     return "test" if splits["test"] else "val"
 
 
-def describe(splits, samples, duplicates=(), bad=(), flip="swap"):
+def describe(splits, samples, duplicates=(), bad=()):
     """→ a text: how many images of each class there are on each side, and what the user should know of the split."""
     names, classes = [name for name, part in splits.items() if part], class_names(splits["train"])
     sides = ", ".join(f"{len(splits[name]):,} {name}" for name in names)
@@ -102,11 +96,6 @@ def describe(splits, samples, duplicates=(), bad=(), flip="swap"):
     if any(sample.group for sample in samples):
         groups = [f"{len({sample.group for sample in splits[name]}):,} {name}" for name in names]
         lines.append(f"  {'groups':{width}}  " + ", ".join(groups))
-    if flip == "swap":
-        lines += ["left and right:", *map(shown, describe_flips(classes))]
-        obscure = sum(sample.caption is not None and mirror_text(sample.caption) is None for sample in splits["train"])
-        if obscure:
-            lines.append(f"  not mirrored, as the caption may name a side in words not known here: {obscure:,} images")
     return "\n".join(lines + [f"note: {shown(note)}" for note in _notes(splits, samples, duplicates, bad)])
 
 
@@ -137,18 +126,6 @@ def _notes(splits, samples, duplicates, bad):
     for name in ("val", "test"):
         if 0 < len(splits[name]) < FEW:
             yield f"only {counted(len(splits[name]), 'image')} in {name}: its figures are rough"
-
-
-def write_split(file, splits):
-    """Keep a split as a manifest, which `load_dataset` reads."""
-    rows = [[s.image.resolve(), s.label, s.caption, s.group, name] for name, part in splits.items() for s in part]
-    _write_rows(file, rows)
-
-
-def _write_rows(file, rows):
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows([COLUMNS, *rows])
-    write_text(file, table.getvalue())
 
 
 def _by_label(samples):
@@ -233,7 +210,7 @@ def _split_by_group(samples, unit, seed, fraction):
 def _split_by_fold(samples, unit, seed, fold):
     """The largest units first, each goes to the fold that has least of its classes so far. The only unit of a class
     stays in train in every fold."""
-    match = re.fullmatch(r"(\d+)/(\d+)", fold)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", fold)
     part, parts = map(int, match.groups()) if match else (0, 0)
     if not (parts > 1 and 1 <= part <= parts):
         raise UserError(f"--fold should be like 1/5, the first of five parts, not {fold!r}")
@@ -290,59 +267,7 @@ def make_splits(settings, workers):
     """→ the splits of --data, a text that describes them, and {image that is left out: why}."""
     samples, duplicates, bad = load_checked(settings, workers)
     splits = split_dataset(samples, settings.split, settings.seed, fold=settings.fold, duplicates=duplicates)
-    return splits, describe(splits, samples, duplicates, bad, settings.flip), bad
-
-
-def read_split(run, moved=None):
-    """→ the splits that a run keeps. moved: (old, new), where the images of one data set, folder or manifest, were and
-    are; what the run keeps then says so. Raises UserError where an image is missing: nothing is changed then."""
-    rows, kept = _kept_rows(run), run / "split.csv"
-    if moved:
-        manifests = (".csv", ".jsonl")
-        old, new = (os.path.abspath(p.parent if p.suffix.lower() in manifests else p) for p in map(Path, moved))
-        for row in rows:
-            if row[0].startswith(old + os.sep):
-                row[0] = new + row[0].removeprefix(old)
-    missing = next((row[0] for row in rows if not os.path.isfile(row[0])), None)
-    if missing:
-        raise UserError(
-            f"{missing} is missing, which {kept} names; if the images have moved, say where they are by train.py "
-            "--resume --data, or correct the paths there"
-        )
-    if moved:
-        _write_rows(kept, rows)
-    splits = {name: [] for name in ("train", "val", "test")}
-    for image, label, *texts, split in rows:
-        splits[split].append(Sample(Path(image), label, *(text or None for text in texts), split))
-    return splits
-
-
-def _kept_rows(run):
-    """→ the rows of a run's split.csv: image, label, caption, group, split."""
-    kept = run / "split.csv"
-    try:
-        text = read_bytes(kept).decode("utf-8", "surrogateescape")
-        header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if header != list(COLUMNS) or not all(len(row) == 5 and row[4] in ("train", "val", "test") for row in rows):
-            raise ValueError("its columns or splits are others")
-        return rows
-    except (ValueError, csv.Error) as problem:
-        raise UserError(f"{kept} is damaged ({reason(problem)}); restore a copy, or train a new run") from None
-
-
-def hash_of(splits):
-    """A short hash of which images, by name, label and texts, are on which side."""
-    digest = hashlib.sha256()
-    for name, part in splits.items():
-        for s in part:
-            digest.update(repr((name, s.image.name, s.label, s.caption, s.group)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
-def trained_images(run):
-    """→ the image files that a run was trained on; they need not be there any more."""
-    rows = _kept_rows(run) if (run / "split.csv").is_file() else []
-    return {Path(row[0]) for row in rows if row[4] == "train"}
+    return splits, describe(splits, samples, duplicates, bad), bad
 
 
 def main():

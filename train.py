@@ -33,11 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from build import check_model, load_trained, new_model, too_long, trained_parameters
+from build import check_model, describe_cut, load_trained, new_model, trained_parameters
 from checkpoint import read_safetensors
 from cli import Parser, Progress, add_machine_flags, autocast, file_path, find_device
 from data import batch_of, class_names, training_batches
-from errors import UserError, counted, run_script, shown
+from errors import UserError, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
 from files import write_json, write_text
 from fusion import slerp_mix
@@ -45,21 +45,12 @@ from images import normalize
 from kernels import contrastive_loss
 from optimization import Optimization
 from prompts import class_prompts
-from runs import (
-    State,
-    check_unused,
-    claimed,
-    keep,
-    log,
-    new_folder,
-    read_saved,
-    remember,
-    remember_images,
-    resume,
-    unfinished_run,
-)
+from runs import State, check_unused, claimed, keep, log, new_folder, read_saved, resume, unfinished_run
 from settings import Settings, add_settings, given_settings, refuse_idle
-from splits import hash_of, make_splits, scored_split, write_split
+from sides import describe_flips, mirror_classes
+from split_file import hash_of, write_split
+from splits import make_splits, scored_split
+from trust import remember, remember_images
 
 ROUNDS = 10  # of a training
 
@@ -161,7 +152,7 @@ def finish(run, state, split, results):
     }
     write_json(run / "metrics.json", metrics)
     print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
-    print(f"{state.seconds:.0f} s of training; the model is in {run}", flush=True)
+    print(f"{state.seconds:.0f} s of training; the model is in {shown(run)}", flush=True)
     return metrics
 
 
@@ -173,14 +164,9 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     model.to(device)
     optimization = Optimization(model, settings, device)
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
-    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {run}")
-    texts = {text for of_class in prompts.values() for text in of_class} | {
-        s.caption for s in splits["train"] if s.caption
-    }
-    cut = too_long(tokenizer, texts, model.clip.config.context_length)
-    if cut:
-        what = counted(len(cut), "prompt or caption")
-        print(f"note: too long for the model, so that the end is cut: {what}; the first: {shown(cut[0][:60])}…")
+    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {shown(run)}")
+    texts = [text for of_class in prompts.values() for text in of_class] + _captions(splits)
+    print(describe_cut(tokenizer, texts, model.clip.config.context_length), end="")
 
     def figures(split, **more):
         return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, workers, **more)
@@ -211,6 +197,10 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     return finish(run, state, scored, figures(scored, intervals=True))
 
 
+def _captions(splits):
+    return [sample.caption for sample in splits["train"] if sample.caption]
+
+
 def begin(args, device):
     """A new training."""
     settings = Settings.from_flags(args)
@@ -221,6 +211,8 @@ def begin(args, device):
     splits, overview, bad = make_splits(settings, args.workers)
     prompts = class_prompts(class_names(splits["train"]), args.prompts)
     print(overview)
+    if settings.flip == "swap":
+        print("\n".join(map(shown, describe_flips(mirror_classes(prompts), _captions(splits)))))
     run = args.run or new_folder(settings)
     with claimed(run, new=True):
         remember(*(path for path in (settings.data, settings.weights) if os.path.isabs(path)))  # others are names
@@ -242,8 +234,7 @@ def go_on(args, device):
 
 def main():
     args = parse_arguments()
-    device = find_device(args.device)
-    (go_on if args.resume else begin)(args, device)
+    (go_on if args.resume else begin)(args, find_device(args.device))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
 import transformers
 from shapes import SHAPES, draw
 
-import runs
 import train
+import trust
 from checkpoint import save_clip
 from errors import run_script
 from model import CLIP, CLIPConfig
@@ -97,7 +97,7 @@ def small(tmp_path_factory):
 def _named_paths(tmp_path_factory):
     """What one test names by a flag, others may follow; nothing is left in the working directory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "NAMED", tmp_path_factory.mktemp("named") / "named-paths.json")
+        patch.setattr(trust, "NAMED", tmp_path_factory.mktemp("named") / "named-paths.json")
         yield
 
 

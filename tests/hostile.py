@@ -22,8 +22,8 @@ import ablate
 import classify
 import evaluate
 import retrieve
-import runs
 import train
+import trust
 from checkpoint import load_base
 from data import load_dataset
 from errors import run_script
@@ -173,8 +173,8 @@ class Hostile:
         self.pictures, self.base, self.run = Path(pictures), Path(base), Path(run)
         self.drawn, self.place = list(self.draw()), Path(fixtures)
         self.number = 0
-        runs.NAMED = self.place / "named-paths.json"
-        runs.NAMED.write_text(json.dumps([str(base), str(pictures), f"{pictures}/manifest.csv"]))
+        trust.NAMED = self.place / "named-paths.json"
+        trust.NAMED.write_text(json.dumps([str(base), str(pictures), f"{pictures}/manifest.csv"]))
         download.time = type(
             "Clock", (), {"sleep": staticmethod(lambda s: None), "monotonic": staticmethod(lambda: 0.0)}
         )

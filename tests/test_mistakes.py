@@ -25,7 +25,7 @@ def test_mistakes_with_data_are_one_line(script, pictures, base, tmp_path):
     assert "one class" in training(tmp_path / "one")
     (tmp_path / "one/single").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "one/single/0.png")
-    assert "'single' has one image" in training(tmp_path / "one")
+    assert "'single' has only one image" in training(tmp_path / "one")
     (tmp_path / "one/single/1.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")
     assert "1.png" in training(tmp_path / "one")
     (tmp_path / "prompts.json").write_text('{"hlaf-left": ["a half"]}')
@@ -60,7 +60,7 @@ def test_mistakes_with_weights_are_one_line(script, pictures, base, tmp_path):
 
 def test_other_mistakes_are_one_line(script, trained, base, pictures, tmp_path):
     taken = mistake(script(train, "--data", pictures / "images", "--run", trained, "--weights", base))
-    assert "holds a model already" in taken
+    assert "already holds a trained model" in taken
     assert "-1 is not a whole number from 0 to" in mistake(
         script(train, "--data", pictures / "images", "--workers", -1)
     )

@@ -140,7 +140,7 @@ def test_labels_may_be_spelt_otherwise_in_other_data(script, trained, pictures, 
 @pytest.fixture
 def search(script, trained, pictures, tmp_path, monkeypatch):
     """→ a function that searches a copy of the pictures with a copy of the run: results, and which were encoded."""
-    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("index.safetensors"))
     shutil.copytree(pictures / "images", tmp_path / "gallery")
     encode = retrieve.encode_batches
 

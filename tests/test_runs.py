@@ -19,6 +19,7 @@ import optimization
 import retrieve
 import runs
 import train
+import trust
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,10 +160,10 @@ def test_a_changed_split_is_refused(script, pictures, base, tmp_path, monkeypatc
     split = tmp_path / "runs/a/split.csv"
     lines = split.read_text().splitlines()
     split.write_text("\n".join(lines[:1] + lines[2:]))  # an image is missing
-    assert "has changed since the run was begun" in mistake(script(train, "--resume"))
+    assert "are others than when the run was begun" in mistake(script(train, "--resume"))
     swapped = [line.replace(",train", ",x").replace(",val", ",train").replace(",x", ",val") for line in lines]
     split.write_text("\n".join(swapped))
-    assert "has changed" in mistake(script(train, "--resume"))
+    assert "are others than" in mistake(script(train, "--resume"))
 
 
 @pytest.mark.parametrize("when", ["in the middle", "at the last step"])
@@ -193,7 +194,7 @@ def _stored(file):
 
 
 def test_paths_that_a_run_names_are_followed_only_where_that_is_safe(script, trained, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "NAMED", Path("runs/named-paths.json"))  # nothing was named yet
+    monkeypatch.setattr(trust, "NAMED", Path("named-paths.json"))  # nothing was named yet
     image = pictures / "images/half-left/0.png"
     line = mistake(script(classify, "--run", trained, image))
     base = _stored(trained / "adapter.safetensors")["base"]["weights"]
@@ -204,11 +205,11 @@ def test_paths_that_a_run_names_are_followed_only_where_that_is_safe(script, tra
         assert f"add --data {pictures / 'manifest.csv'}" in mistake(script(module, "--run", trained, *flags))
     assert script(retrieve, "--run", trained, "--text", "red", "--data", pictures / "manifest.csv")[0] == 0
     assert script(evaluate, "--run", trained)[0] == 0
-    assert json.loads(Path("runs/named-paths.json").read_text()) == [base, str(pictures / "manifest.csv")]
+    assert json.loads(Path("named-paths.json").read_text()) == [base, str(pictures / "manifest.csv")]
 
 
 def test_what_a_training_names_need_not_be_named_again(script, pictures, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "NAMED", Path("runs/named-paths.json"))
+    monkeypatch.setattr(trust, "NAMED", Path("named-paths.json"))
     assert script(train, *arguments(pictures / "images", base))[0] == 0
     assert script(retrieve, "--text", "red")[0] == 0
 

@@ -1,5 +1,6 @@
 """splits.py against scikit-learn and what the user is promised."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from test_data import LARYNX, needs_larynx, user_error
 
 from data import Sample, load_dataset
-from splits import describe, split_dataset, trained_images, write_split
+from split_file import read_split, trained_images, write_split
+from splits import describe, split_dataset
 
 
 def table(*rows):
@@ -169,15 +171,15 @@ def test_auto_prefers_the_manifests_split_to_groups_and_groups_to_chance():
         ([("a",), (None,), ("b",)], "auto", "1.png"),
         ([("a", None, "train"), ("b", None, "train"), ("c", None, "val")], "auto", "lacks: c"),
         ([("a", None, "train"), ("b", None, "train"), ("a", None, "val"), ("d", None, "test")], "auto", "lacks: d"),
-        ([("a", None, "train"), ("b", None, "train")], "auto", "validate"),
-        ([("a", None, "train"), ("b", None, "train"), ("b",)], "auto", "not every entry"),
-        ([("a", None, "train"), ("b", None, "train"), ("b",)], "manifest", "not every entry"),
-        ([("a", "p"), ("a", "q"), ("b", "p"), ("b",)], "auto", "not every image"),
-        ([("b",), ("a", "p"), ("a", "q"), ("b", "p")], "auto", "not every image"),
-        ([("b",), ("a", None, "train"), ("b", None, "val")], "auto", "not every entry"),
-        ([("a", None, "val"), ("b", None, "val")], "auto", "nothing to train on"),
-        ([("a",), ("a",), ("b",), ("b",)], "group", "not every image"),
-        ([("a", "p"), ("b", "p")] * 9, "group", "validate"),
+        ([("a", None, "train"), ("b", None, "train")], "auto", "no image is marked val"),
+        ([("a", None, "train"), ("b", None, "train"), ("b",)], "auto", "not every image has a split"),
+        ([("a", None, "train"), ("b", None, "train"), ("b",)], "manifest", "not every image has a split"),
+        ([("a", "p"), ("a", "q"), ("b", "p"), ("b",)], "auto", "has no group"),
+        ([("b",), ("a", "p"), ("a", "q"), ("b", "p")], "auto", "has no group"),
+        ([("b",), ("a", None, "train"), ("b", None, "val")], "auto", "not every image has a split"),
+        ([("a", None, "val"), ("b", None, "val")], "auto", "no image is marked train"),
+        ([("a",), ("a",), ("b",), ("b",)], "group", "has no group"),
+        ([("a", "p"), ("b", "p")] * 9, "group", "second group"),
     ],
 )
 def test_labels_that_do_not_allow_to_train_are_named(rows, how, says):
@@ -255,7 +257,7 @@ def test_an_odd_fold_is_named(fold):
 
 def test_folds_need_enough_groups_and_no_split_column():
     samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], group=f"{i // 5}") for i in range(20)]
-    assert "cannot make 9 parts" in user_error(split_dataset, samples, "group", fold="1/9")
+    assert "groups or images for 9 parts" in user_error(split_dataset, samples, "group", fold="1/9")
     samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], split="train") for i in range(20)]
     assert "--split group" in user_error(split_dataset, samples, fold="1/5")
 
@@ -302,7 +304,7 @@ def test_a_manifests_test_images_that_are_copies_of_training_images_are_left_out
     assert splits["val"] == [s for s in rows[10:20] if s is not rows[11]]
     assert splits["test"] == [s for s in rows[20:] if s not in (rows[20], rows[22])]
     text = describe(splits, [*rows, rows[2]], duplicates)
-    assert "3 pictures are there more than once" in text and "4 copies" in text
+    assert "3 pictures found more than once" in text and "4 images left out" in text
 
 
 def test_a_split_is_kept_as_a_manifest(tmp_path):
@@ -311,8 +313,9 @@ def test_a_split_is_kept_as_a_manifest(tmp_path):
         row.image.write_bytes(b"")
     splits = split_dataset(rows, "group")
     write_split(tmp_path / "split.csv", splits)
-    again = split_dataset(load_dataset(tmp_path / "split.csv"))
-    for name in ("train", "val", "test"):
+    for again, name in itertools.product(
+        (split_dataset(load_dataset(tmp_path / "split.csv")), read_split(tmp_path)), ("train", "val", "test")
+    ):
         assert [(s.image, s.label, s.caption, s.group) for s in again[name]] == [
             (s.image, s.label, s.caption, s.group) for s in splits[name]
         ]

@@ -270,7 +270,7 @@ def test_folder_and_file_are_the_same(clip):
 
 @pytest.mark.parametrize("name", ["", "nowhere", "nowhere.txt", "nowhere.txt.gz"])
 def test_missing_merges_say_how_to_get_them(tmp_path, name):
-    with pytest.raises(UserError, match=r"`python weights/download\.py`") as error:
+    with pytest.raises(UserError, match=r"put the one that belongs to the weights there") as error:
         Tokenizer(tmp_path / name)
     assert "\n" not in str(error.value)
     assert str(tmp_path / name) in str(error.value)

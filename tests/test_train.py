@@ -131,5 +131,5 @@ def test_copies_of_a_picture_are_reported(script, pictures, base, tmp_path):
     shutil.copytree(pictures / "images", tmp_path / "images")
     shutil.copy(tmp_path / "images/half-left/0.png", tmp_path / "images/half-left/copy.png")
     arguments = ["--data", tmp_path / "images", "--weights", base, "--steps", 1]
-    assert "pictures are there more than once" in script(train, *arguments, "--run", tmp_path / "a")[1]
+    assert "1 picture found more than once" in script(train, *arguments, "--run", tmp_path / "a")[1]
     assert "more than once" not in script(train, *arguments, "--run", tmp_path / "b", "--duplicates", "ignore")[1]

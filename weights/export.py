@@ -24,9 +24,11 @@ def main():
     parser.add_argument("folder", type=file_path, help="where to write the weights")
     parser.add_argument("--weights", help="where the run's base model is, should it have moved")
     args = parser.parse_args()
+    if (args.folder / "model.safetensors").exists():
+        raise UserError(f"{args.folder} already holds weights; choose another folder")
     model, tokenizer, _ = load_run(find_run(args.run), torch.device("cpu"), args.weights)
     if model.fusion is not None:
-        raise UserError(f"{args.run} fuses levels, which no CLIP file can hold; train one with --fusion none")
+        raise UserError(f"{args.run} fuses levels, which no CLIP file can hold; export a run of train.py --fusion none")
     make_folder(args.folder)
     save_clip(model.clip, args.folder / "model.safetensors")
     save_merges(tokenizer.ranks, args.folder / "merges.txt")
