@@ -283,8 +283,7 @@ def parse_arguments():
     args = parser.parse_args()
     if ((args.parts or args.vary) and args.shots and len(args.shots) > 1) or (args.parts and args.vary):
         raise UserError(
-            "ask one question at a time: --parts, --vary, or --shots with several numbers; --parts and --vary may be "
-            "joined with one number of --shots"
+            "ask one question at a time: --parts, --vary or several --shots; one --shots goes with the others"
         )
     args.given = given_settings(parser)
     if args.given.keys() & {"seed", "fold"}:
@@ -301,20 +300,22 @@ def numbers(text):
     return tuple(positive_int(number) for number in text.split(","))
 
 
-def check_folder(folder, flags):
+def check_folder(folder, name, content):
     """Refuse to mix the trainings of two ablations."""
     make_folder(folder)
-    kept = folder / "settings.json"
-    same = kept.exists() and read_json(kept) == json.loads(json.dumps(flags))
+    kept = folder / f"{name}.json"
+    same = kept.exists() and read_json(kept) == json.loads(json.dumps(content))
     if any(folder.glob("*/metrics.json")) and not same:
-        raise UserError(f"{folder} holds an ablation with other flags, images or prompts; choose another --folder")
-    write_json(kept, flags)
+        raise UserError(f"{folder} holds an ablation with other {name}; choose another --folder")
+    write_json(kept, content)
 
 
 def main():
     parser, args = parse_arguments()
     settings = Settings.from_flags(args)
     refuse_idle(args.given, settings)
+    prompts = read_json(args.prompts) if args.prompts else None
+    check_folder(args.folder, "settings", {**asdict(settings), "prompts": prompts})
     if args.vary:
         question, rows = "vary", rows_of_settings(args.vary, parser, settings)
     elif args.shots and not args.parts:
@@ -326,8 +327,7 @@ def main():
         repeats = {f"fold-{k}-of-{args.folds}": {"fold": f"{k}/{args.folds}"} for k in range(1, args.folds + 1)}
     total = len({row.variant.name for row in rows.values()}) * len(args.shots or [None]) * len(repeats)
     trainings, start, lines, against = Trainings(settings, repeats, args, total), time.monotonic(), {}, {}
-    prompts, images = read_json(args.prompts) if args.prompts else None, hash_of({"all": trainings.samples})
-    check_folder(args.folder, {**asdict(settings), "images": images, "prompts": prompts})
+    check_folder(args.folder, "images", hash_of({"all": trainings.samples}))
     for shots in args.shots or (None,):
         results = {name: trainings.run(row, shots) for name, row in rows.items()}
         for name, row in rows.items():

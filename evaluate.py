@@ -36,7 +36,7 @@ from prompts import NO_WORD
 from runs import find_run, load_run
 from split_file import read_split, trained_images
 from splits import scored_split
-from trust import find_data, follow_images
+from trust import find_data, find_samples, follow_images
 
 
 def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None):
@@ -171,7 +171,7 @@ def other_samples(data, run, metadata):
     def plain(name):
         return re.sub(NO_WORD, "-", name.casefold())
 
-    samples, spelling = load_dataset(data), {}
+    samples, spelling = find_samples(data, metadata, run), {}
     for name in metadata.classes:
         spelling.setdefault(plain(name), []).append(name)
     for i, sample in enumerate(samples):
@@ -210,7 +210,7 @@ def main():
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
     if args.data:
-        name = find_data(args.data, metadata, run)
+        name = args.data
         samples, note = other_samples(name, run, metadata)
     else:
         data = find_data(None, metadata, run)

@@ -74,6 +74,8 @@ def find_samples(data, metadata, run):
     samples = load_dataset(find_data(data, metadata, run))
     if data is None:
         follow_images({"all": samples}, run)  # links may lead elsewhere
+    elif data != "phantom":
+        remember_images({"all": samples}, data)
     return samples
 
 

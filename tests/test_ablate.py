@@ -70,10 +70,10 @@ def test_an_interrupted_ablation_goes_on_and_another_is_refused(ask, tmp_path):
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("*/metrics.json")}
     (tmp_path / "a/head-0/metrics.json").unlink()  # as if it had been interrupted there
     status, again, err = ask("--seeds", 0, 1)
-    assert again == out and "1 trainings" in err
+    assert again == out and "1 training in" in err
     changed = {file for file, time in finished.items() if file.stat().st_mtime_ns != time}
     assert changed == {tmp_path / "a/head-0/metrics.json"}
-    assert "other flags" in mistake(ask("--batch-size", 4))
+    assert "other settings" in mistake(ask("--batch-size", 4))
     assert "one question" in mistake(ask("--parts", "--vary", "lr=1"))
     assert "--seeds" in mistake(ask("--seed", 3))
 
@@ -126,7 +126,11 @@ def test_a_setting_is_varied_as_train_py_takes_it(ask, tmp_path):
     assert status == 0, err
     settings = checkpoint.read_safetensors(tmp_path / "a/lora-rank=2 levels=1,3-0/adapter.safetensors")[1]["settings"]
     assert settings["lora_rank"] == 2 and settings["levels"] == [1, 3] and settings["steps"] == 2
-    for text, says in (("lora-rank=-1", "--lora-rank"), ("split=random", "changes nothing"), ("shots=4", "nothing")):
+    for text, says in (
+        ("lora-rank=-1", "--lora-rank"),
+        ("split=random", "changes no setting"),
+        ("shots=4", "no setting"),
+    ):
         status, _, err = ask("--seeds", 0, "--vary", text)
         assert status == 2 and says in err.splitlines()[-1] and "Traceback" not in err
 

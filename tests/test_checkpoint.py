@@ -204,7 +204,10 @@ def test_every_misfit_is_named_as_the_file_names_it(tmp_path, checkpoint):
         checkpoint[name] = torch.cat([checkpoint[name], checkpoint[name]], dim=-1)
     save_file(checkpoint, tmp_path / "model.safetensors")
     message = loading_error(tmp_path)
-    named = dict(part.split(": ") for part in message.split("does not fit a CLIP ViT: ")[1].split("; "))
+    named = dict(
+        part.split(": ")
+        for part in message.split("does not fit a CLIP ViT, name another by --weights: ")[1].split("; ")
+    )
     assert set(named["missing"].split(", ")) == set(missing)
     assert set(named["unexpected"].split(", ")) == set(unexpected)
     assert set(re.findall(r"([\w.]+) is \(", named["mis-shaped"])) == set(misshaped)

@@ -1,6 +1,7 @@
 """Data sets and splits against what a user's files say."""
 
 import csv
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from shapes import SHAPES
 
+import images
 from data import Sample, load_dataset, training_batches
 from errors import UserError
 
@@ -278,6 +280,40 @@ def test_linked_class_folders_are_read_and_loops_end(tmp_path):
 def test_a_class_folder_without_images_is_named(tmp_path):
     touch(tmp_path, "a/1.png", "b/1.dcm", ".git/x")
     assert f"{tmp_path / 'b'} has no images" in user_error(load_dataset, tmp_path)
+
+
+def test_folders_of_a_split_hold_the_class_folders(tmp_path):
+    touch(tmp_path, "train/a/1.png", "train/b/2.png", "Val/a/deep/3.png", "test/b/4.png")
+    found = {(s.image.name, s.label, s.split) for s in load_dataset(tmp_path)}
+    assert found == {("1.png", "a", "train"), ("2.png", "b", "train"), ("3.png", "a", "val"), ("4.png", "b", "test")}
+    touch(tmp_path, "train/stray.png")
+    assert "stray.png lies in no class" in user_error(load_dataset, tmp_path)
+
+
+def test_columns_that_are_not_used_are_said(tmp_path, capsys):
+    load_dataset(manifest(tmp_path, "image,label,patient\na.png,x,p1\n"))
+    assert "these columns are not used: patient" in capsys.readouterr().err
+
+
+def test_a_group_is_the_same_however_it_is_typed(tmp_path):
+    rows = "a.png,x,M\u00fcller  1\nsub/b.png,x,Mu\u0308ller 1\n"
+    samples = load_dataset(manifest(tmp_path, "image,label,group\n" + rows))
+    assert samples[0].group == samples[1].group == "M\u00fcller 1"
+
+
+@pytest.mark.parametrize("text", ["None", "N/A", "#N/A", "####", "<NA>", "null"])
+def test_a_missing_group_is_no_patient(tmp_path, text):
+    file = manifest(tmp_path, f"image,label,group\na.png,x,{text}\n")
+    assert f"the group is {text!r}, as programs write a missing value" in user_error(load_dataset, file)
+
+
+def test_folders_that_link_to_each_other_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MOST_FOLDERS", 500)
+    for a in "abcdefgh":
+        touch(tmp_path, f"{a}/1.png")
+    for a, b in itertools.permutations("abcdefgh", 2):
+        (tmp_path / a / f"to {b}").symlink_to(tmp_path / b)
+    assert "more than 500 folders, by links perhaps" in user_error(load_dataset, tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):

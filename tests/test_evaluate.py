@@ -13,6 +13,7 @@ import build
 import checkpoint
 import classify
 import evaluate
+import train
 from data import load_dataset
 from fusion import FusedCLIP
 from metrics import first_relevant_ranks, interval, resample, retrieval_metrics
@@ -123,3 +124,12 @@ def test_images_that_cannot_be_evaluated_are_one_line(script, trained, pictures,
     shutil.copytree(one_class, tmp_path / "other" / "half-left")
     line = mistake(script(evaluate, "--run", trained, "--data", tmp_path / "other"))
     assert "does not know: half-top;" in line and "half-right" in line
+
+
+def test_signs_tell_classes_apart(script, pictures, base, tmp_path, trained):
+    for old, new in (("half-left", "HPV+"), ("half-right", "HPV-")):
+        shutil.copytree(pictures / "images" / old, tmp_path / "data" / new)
+    flags = ["--weights", base, "--steps", 1, "--device", "cpu", "--run", tmp_path / "run"]
+    assert script(train, "--data", tmp_path / "data", *flags)[0] == 0
+    shutil.move(tmp_path / "data/HPV-", tmp_path / "data/HPV")
+    assert "does not know: HPV;" in mistake(script(evaluate, "--run", tmp_path / "run", "--data", tmp_path / "data"))

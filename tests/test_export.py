@@ -28,3 +28,4 @@ def test_an_exported_run_is_a_base_model(script, pictures, base, tmp_path, train
         assert not torch.equal(exported.visual.blocks[0].attn.q_proj.weight,
                                load_clip(base).visual.blocks[0].attn.q_proj.weight)  # fmt: skip
     assert "--fusion none" in mistake(script(export, trained, tmp_path / "fused"))
+    assert "already holds weights" in mistake(script(export, tmp_path / "small", base))

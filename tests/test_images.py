@@ -257,6 +257,12 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path):
     assert "10000 × 5001 are more than 50,000,000 pixels" in line
 
 
+def test_large_images_become_smaller_ones(tmp_path):
+    Image.new("RGBA", (5000, 3000), (255, 0, 0, 255)).save(tmp_path / "large.png")
+    image = load_image(tmp_path / "large.png")
+    assert image.size == (2500, 1500) and image.getpixel((1000, 1000)) == (255, 0, 0)
+
+
 def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     assert "pipe.png (there is no such file)" in user_error(load_image, tmp_path / "pipe.png")
@@ -419,6 +425,12 @@ def test_copies_are_found_whatever_their_size_and_compression(tmp_path):
         ["03 again.png", "03.png"],
         ["05 small.webp", "05.jpg", "05.png"],
     ]
+
+
+def test_black_frames_are_no_copies(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (64, 48), (i, i, i)).save(tmp_path / f"{i}.png")
+    assert find_duplicates(look_at(list(tmp_path.iterdir()), workers=0)[0]) == []
 
 
 def test_different_phantoms_of_a_class_are_no_copies(tmp_path):

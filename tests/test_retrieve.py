@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from conftest import mistake
 from PIL import Image
 from shapes import SHAPES, draw
 
@@ -14,6 +15,7 @@ import retrieve
 import runs
 import train
 from checkpoint import read_safetensors
+from pictures import contact_sheet
 
 
 def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictures, tmp_path):
@@ -100,3 +102,16 @@ def test_a_folder_without_labels_can_be_searched(script, trained, pictures, tmp_
         (tmp_path / f"flat/{i}.png").write_bytes((pictures / "images" / label / "0.png").read_bytes())
     status, out, _ = script(retrieve, "--run", trained, "--data", tmp_path / "flat", "--text", "green")
     assert status == 0 and all(line.split()[2].endswith("?") for line in out.splitlines()[1:])
+
+
+def test_what_cannot_be_searched_or_drawn_is_said(script, trained, pictures, tmp_path):
+    (tmp_path / "one").mkdir()
+    image = tmp_path / "one/1.png"
+    image.write_bytes((pictures / "images/half-left/0.png").read_bytes())
+    flags = ["--run", trained, "--data", tmp_path / "one"]
+    assert "nothing to search but the query image" in mistake(script(retrieve, *flags, "--image", image))
+    assert "--mix needs both" in mistake(script(retrieve, *flags, "--text", "red", "--mix", 1))
+    assert "room for 200 images" in mistake(script(retrieve, *flags, "--text", "red", "--top", 201, "--sheet", "a.png"))
+    assert "--data: it is empty" in mistake(script(retrieve, "--run", trained, "--data", "", "--text", "red"))
+    long = [{"rank": 1, "score": 0.5, "image": image, "class": None, "predicted": "x", "caption": "word " * 20_000}]
+    assert contact_sheet(long, "word " * 20_000, image).width > 0

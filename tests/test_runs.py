@@ -12,7 +12,9 @@ import torch
 from conftest import mistake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shapes import SHAPES
 
+import build
 import classify
 import evaluate
 import optimization
@@ -205,7 +207,8 @@ def test_paths_that_a_run_names_are_followed_only_where_that_is_safe(script, tra
         assert f"add --data {pictures / 'manifest.csv'}" in mistake(script(module, "--run", trained, *flags))
     assert script(retrieve, "--run", trained, "--text", "red", "--data", pictures / "manifest.csv")[0] == 0
     assert script(evaluate, "--run", trained)[0] == 0
-    assert json.loads(Path("named-paths.json").read_text()) == [base, str(pictures / "manifest.csv")]
+    folders = [str(pictures / "images" / label) for label in sorted(SHAPES)]
+    assert json.loads(Path("named-paths.json").read_text()) == [base, str(pictures / "manifest.csv"), *folders]
 
 
 def test_what_a_training_names_need_not_be_named_again(script, pictures, base, tmp_path, monkeypatch):
@@ -255,3 +258,68 @@ def test_odd_metadata_is_refused(script, trained, pictures, tmp_path, change):
     file = trained / "adapter.safetensors"
     save_file(load_file(file), tmp_path / file.name, metadata={"info": json.dumps({**_stored(file), **change})})
     assert "another version or damaged" in mistake(script(classify, "--run", tmp_path, pictures / "images"))
+
+
+def test_images_that_a_foreign_split_or_a_link_names_are_not_read(script, trained, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(trust, "NAMED", Path("named-paths.json"))
+    shutil.copytree(trained, tmp_path / "run")
+    base = _stored(trained / "adapter.safetensors")["base"]["weights"]
+    secret = tmp_path.parent / "secret"
+    shutil.copytree(pictures / "images", secret)
+    trust.remember(base, pictures / "manifest.csv", *(pictures / "images").iterdir())
+    assert script(evaluate, "--run", "run")[0] == 0
+    split = tmp_path / "run/split.csv"
+    split.write_text(split.read_text().replace(str(pictures / "images"), str(secret)))
+    line = mistake(script(evaluate, "--run", "run"))
+    assert f"wants to read {secret}" in line and "if you trust it, add --data" in line
+    (tmp_path / "data/x").mkdir(parents=True)
+    (tmp_path / "data/x/linked").symlink_to(secret)
+    file = tmp_path / "run/adapter.safetensors"
+    info = {**_stored(file)}
+    info["settings"]["data"] = str(tmp_path / "data")
+    save_file(load_file(file), file, metadata={"info": json.dumps(info)})
+    assert "wants to read" in mistake(script(retrieve, "--run", "run", "--text", "red"))
+
+
+def test_a_folder_that_is_not_ours_is_not_written_to(script, pictures, base, tmp_path):
+    for name in ("merges.txt", "split.csv"):
+        (tmp_path / name[:-4]).mkdir()
+        (tmp_path / name[:-4] / name).write_text("mine")
+        line = mistake(script(train, *arguments(pictures / "images", "scratch", "--run", name[:-4])))
+        assert "files that would be overwritten" in line and (tmp_path / name[:-4] / name).read_text() == "mine"
+
+
+def test_a_wrong_place_leaves_the_run_as_it_was(script, pictures, base, tmp_path, monkeypatch):
+    shutil.copytree(pictures / "images", tmp_path / "old")
+    shutil.copytree(pictures / "images", tmp_path / "other")
+    for file in (tmp_path / "other").rglob("*.png"):
+        file.write_bytes(file.read_bytes() + b"\0")  # other pictures of the same names
+    interrupt(monkeypatch, at=5)
+    assert script(train, *arguments("old", base, "--run", "runs/a"))[0] == 130
+    (tmp_path / "old").rename(tmp_path / "new")
+    kept = (tmp_path / "runs/a/split.csv").read_text()
+    (tmp_path / "empty").mkdir()
+    for wrong, says in (("nowhere", "there is no"), ("empty", "no images"), ("other", "are others than")):
+        assert says in mistake(script(train, "--resume", "--data", wrong)), wrong
+        assert (tmp_path / "runs/a/split.csv").read_text() == kept
+    assert script(train, "--resume", "--data", "new")[0] == 0
+
+
+def test_a_manifest_beside_its_images_may_move_with_them(script, pictures, base, tmp_path, monkeypatch):
+    shutil.copytree(pictures / "images", tmp_path / "old/images")
+    (tmp_path / "old/meta").mkdir()
+    rows = (pictures / "manifest.csv").read_text().replace("images/", "../images/")
+    (tmp_path / "old/meta/m.csv").write_text(rows)
+    interrupt(monkeypatch, at=5)
+    assert script(train, *arguments("old/meta/m.csv", base, "--run", "runs/a"))[0] == 130
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert script(train, "--resume", "--data", "new/meta/m.csv")[0] == 0
+
+
+def test_resuming_a_run_from_scratch_keeps_its_merges(script, pictures, tmp_path, monkeypatch):
+    interrupt(monkeypatch, at=5)
+    assert script(train, *arguments(pictures / "manifest.csv", "scratch", "--run", "runs/a"))[0] == 130
+    merges = (tmp_path / "runs/a/merges.txt").read_bytes()
+    monkeypatch.setattr(build, "learn_merges", lambda texts, count: [("a", "b")])  # of another version
+    assert script(train, "--resume", "--run", "runs/a")[0] == 0
+    assert (tmp_path / "runs/a/merges.txt").read_bytes() == merges
