@@ -102,7 +102,7 @@ def describe(splits, samples, duplicates=(), bad=()):
 def _notes(splits, samples, duplicates, bad):
     """Yield what makes the split's figures doubtful."""
     if bad:
-        yield f"{counted(len(bad), 'image')} cannot be read and left out"
+        yield f"left out, as unreadable: {counted(len(bad), 'image')}"
     if duplicates:
         yield f"{counted(len(duplicates), 'picture')} found more than once; copies are kept on one side"
     label = {sample.image: sample.label for sample in samples}

@@ -10,17 +10,16 @@ from errors import UserError, reason
 from files import make_folder, read_json, write_json
 from phantom import DEFAULT
 
-NAMED = Path(__file__).parent / "named-paths.json"  # not in runs/, where a stranger's runs are unpacked
+NAMED = Path("named-paths.json")  # in the working directory; not in runs/, where a stranger's runs are unpacked
 
 
-def follow(path, flag, run):
+def follow(path, flag, run, roots=None):
     """Return a path that a run's file gives, if it may be read. A run may come from a stranger, who could make us read
     any file: only what lies below the working directory or in weights/ is read, and what was named by a flag before, or
-    lies in a folder that was. Raises UserError."""
+    lies in a folder that was. roots: the places below which all may be read, if they are known. Raises UserError."""
     try:
         real = Path(path).resolve()
-        folders = [folder.resolve() for folder in (Path.cwd(), WEIGHTS, DEFAULT, *map(Path, _named()))]
-        trusted = any(real.is_relative_to(folder) for folder in folders)
+        trusted = not (roots or _roots()).isdisjoint([real, *real.parents])
     except (OSError, ValueError) as problem:
         raise UserError(f"{run} gives the path {path!r} ({reason(problem)}); say where it is by {flag}") from None
     if not trusted:
@@ -29,6 +28,10 @@ def follow(path, flag, run):
             f"{shlex.quote(str(path))}"
         )
     return path
+
+
+def _roots():
+    return {folder.resolve() for folder in (Path.cwd(), WEIGHTS, DEFAULT, *map(Path, _named()))}
 
 
 def _named():
@@ -56,8 +59,10 @@ def remember_images(splits, data):
 
 
 def follow_images(splits, run):
+    """As `follow` does, for all images of {name: samples}."""
+    roots = _roots()
     for place in {sample.image.resolve().parent for part in splits.values() for sample in part}:
-        follow(place, "--data", run)
+        follow(place, "--data", run, roots)
 
 
 def find_data(data, metadata, run):

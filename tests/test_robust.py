@@ -91,7 +91,7 @@ def test_an_archive_of_oddities_trains_with_the_right_counts(script, archive, ba
     assert not (tmp_path / "run").exists()
     status, out, err = script(train, *flags, "--skip-bad")
     assert status == 0, err
-    assert f"{good} images of 2 classes" in out and f"note: {len(bad)} images cannot be read and left out" in out
+    assert f"{good} images of 2 classes" in out and f"note: left out, as unreadable: {len(bad)} images" in out
     assert len((tmp_path / "run/skipped.txt").read_text().splitlines()) == len(bad)
     assert "\x1b" not in out and "tai trái “b”\\n左.jpg" in out
     assert script(evaluate, "--run", tmp_path / "run", "--workers", 0)[0] == 0

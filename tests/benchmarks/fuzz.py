@@ -25,6 +25,7 @@ from hostile import Hostile
 from shapes import SHAPES, draw
 
 import train
+import trust
 from checkpoint import save_clip
 from errors import run_script
 from model import CLIP, CLIPConfig
@@ -48,6 +49,7 @@ def prepare(folder):
     sizes = {"image_size": 32, "patch_size": 16, "vision_width": 64, "text_width": 64, "embed_dim": 64}
     clip = CLIP(CLIPConfig(**sizes, vision_layers=2, text_layers=1, vocab_size=len(Tokenizer(base)))).initialize()
     save_clip(clip, base / "model.safetensors")
+    trust.NAMED = folder / "named-paths.json"
     sys.argv = ["train.py", "--data", f"{folder}/pictures/manifest.csv", "--weights", str(base), "--steps", "2"]
     sys.argv += ["--run", f"{folder}/run", "--device", "cpu", "--workers", "0"]
     run_script(train.main)
