@@ -1,5 +1,6 @@
 """Errors that a user can cause or mend: one line that says what to do, exit status 2, no traceback."""
 
+import atexit
 import errno
 import os
 import signal
@@ -44,6 +45,7 @@ def run_script(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as Ctrl-C
+    atexit.register(_ignore_signals)
     warnings.filterwarnings("ignore", module="PIL")  # of files that are damaged but readable
     try:
         main()
@@ -65,6 +67,12 @@ def run_script(main):
     except KeyboardInterrupt as hint:
         print("interrupted" + (f"; {shown(hint)}" if hint.args else ""), file=sys.stderr)
         sys.exit(130)
+
+
+def _ignore_signals():
+    """At the end nothing is left to be interrupted, but for PyTorch's tidying up, which would complain."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(message):
