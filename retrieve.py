@@ -30,7 +30,7 @@ def index_images(run, model, files, device, batch_size, workers):
     """
     index, key = run / "index.safetensors", fingerprint(model)
     hashes, known = _read_index(index, key, model.clip.config.embed_dim)  # {stamp: content's hash}, {hash: embedding}
-    stamps, bad = {}, {}
+    stamps, bad, before = {}, {}, len(hashes)
     for file in files:
         try:
             stamp = _stamp(file)
@@ -47,7 +47,7 @@ def index_images(run, model, files, device, batch_size, workers):
                 _write_index(index, key, hashes, known, stamps)
                 saved = time.monotonic()
     finally:  # an interrupted index keeps what it has
-        if new:
+        if new or len(hashes) > before:
             _write_index(index, key, hashes, known, stamps)
     good = [file for file, stamp in stamps.items() if hashes[stamp] in known]
     if not good:
