@@ -30,8 +30,8 @@ def main():
     if model.fusion is not None:
         raise UserError(f"{args.run} fuses levels, which no CLIP file can hold; export a run of train.py --fusion none")
     make_folder(args.folder)
-    save_clip(model.clip, args.folder / "model.safetensors")
     save_merges(tokenizer.ranks, args.folder / "merges.txt")
+    save_clip(model.clip, args.folder / "model.safetensors")  # last: where it is, all is done
     print(f"{args.folder}: {(args.folder / 'model.safetensors').stat().st_size:,} bytes")
 
 
