@@ -1,5 +1,6 @@
 """weights/download.py against a small HTTP server on this machine."""
 
+import contextlib
 import hashlib
 import http.server
 import importlib.util
@@ -33,6 +34,13 @@ def server(monkeypatch):
             state.log.append((self.path, asked))
             if "missing" in self.path:
                 return self.send_error(404)
+            if state.drip:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                with contextlib.suppress(OSError):
+                    while state.drip:
+                        self.wfile.write(b"x")
+                        threading.Event().wait(0.02)
+                return None
             if state.odd:
                 return self.wfile.write(state.odd)
             if "insecure" in self.path:
@@ -56,6 +64,7 @@ def server(monkeypatch):
 
     state = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.log, state.breaks, state.ranges, state.odd = [], [], True, b""
+    state.drip = False
     state.url = f"http://127.0.0.1:{state.server_port}"
     threading.Thread(target=state.serve_forever, daemon=True).start()
     yield state
@@ -173,6 +182,14 @@ def test_a_hostile_server_is_one_line_and_leaves_no_file(server, tmp_path, answe
     with pytest.raises(UserError) as error:
         download.download(f"{server.url}/file", tmp_path / "file", DIGEST)
     assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "file").exists()
+
+
+def test_a_server_that_drips_is_not_waited_for(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 0.1)
+    server.drip = True
+    with pytest.raises(UserError, match="less than 1,000 bytes a second"):
+        download.download(f"{server.url}/file", tmp_path / "file", DIGEST)
+    server.drip = False
 
 
 def test_an_endless_file_is_cut_short(server, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ FILES = {  # name: (revision, SHA-256)
 }
 ATTEMPTS, BLOCK = 5, 2**20
 LIMIT = 2**30  # bytes
+PATIENCE, SLOWEST = 60, 1000  # seconds; bytes a second
 
 
 def sha256(file):
@@ -83,9 +84,12 @@ def fetch(url, part, allow_http):
         first = have if response.status == 206 else 0
         length = response.headers.get("Content-Length", "0")
         total = first + (int(length) if length.isascii() and length.isdigit() else 0)
-        done, start = first, time.monotonic()
-        while block := response.read(BLOCK):
+        done, start, last = first, time.monotonic(), 0.0
+        while block := response.read1(BLOCK):
             done += len(block)
+            seconds = time.monotonic() - start
+            if seconds > PATIENCE and done - first < SLOWEST * seconds:
+                raise ConnectionError(f"the server sends less than {SLOWEST:,} bytes a second")
             if done > LIMIT:
                 raise UserError(f"{url} sends more than {LIMIT:,} bytes, which is not our file; try another --endpoint")
             try:
@@ -93,7 +97,9 @@ def fetch(url, part, allow_http):
                 file.flush()
             except OSError as problem:
                 raise UserError(f"cannot write {part} ({reason(problem)}); {advice(problem)}") from None
-            show(part.stem, done, max(done, total), start, first)
+            if seconds - last > 0.2 or done == total:
+                last = seconds
+                show(part.stem, done, max(done, total), start, first)
     if done < total:
         raise ConnectionError(f"the connection closed after {done:,} of {total:,} bytes")
 
