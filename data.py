@@ -31,6 +31,7 @@ from images import augment, find_images, load_image, prefetch
 from phantom import default_dataset
 from sides import mirror_classes, mirror_text
 
+# What pandas and Excel write for an empty cell; in the column group other programs' words, too, which may be classes.
 MISSING = {"nan", "#n/a", "<na>", "nat"}
 MOST_ROWS, LONGEST_CAPTION = 1_000_000, 10_000  # characters
 COLUMNS = ("image", "label", "caption", "group", "split")

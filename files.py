@@ -5,6 +5,7 @@ forced to the disk, then renamed, which happens at once or not at all: whoever r
 one. And as files come from strangers, they are measured before they are read.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -104,7 +105,7 @@ def make_folder(folder):
 
 
 def read_bytes(file):
-    """Raises UserError where `file` is no file (a pipe, say, which may never end), or a very long one."""
+    """File → its bytes. Raises UserError where it is no file (a pipe, say, which may never end), or a very long one."""
     try:
         if not os.path.isfile(file):
             raise UserError(f"{file} is no file; check the path")
@@ -117,8 +118,17 @@ def read_bytes(file):
     return content
 
 
+def sha256(file):
+    """File of any length → the SHA-256 of its content, 64 hexadecimal digits. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def read_json(file):
-    """Raises UserError."""
+    """JSON file → Python values, as strictly as `parse_json`. Raises UserError."""
     content = read_bytes(file)
     try:
         return parse_json(content.decode("utf-8-sig"))

@@ -1,6 +1,5 @@
 """Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
 
-import hashlib
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from build import encode_batches, encode_images, encode_texts, too_long
 from checkpoint import fingerprint, read_safetensors, write_safetensors
 from cli import Parser, add_run_flags, file_path, find_device, positive_int, print_json, report_bad, typed
 from errors import UserError, reason, run_script, shown
-from files import whole
+from files import sha256, whole
 from images import IMAGE_SUFFIXES, load_image
 from kernels import slerp, top_k
 from pictures import contact_sheet
@@ -62,13 +61,9 @@ def _stamp(file):
 
 
 def _hash(file):
-    if not file.is_file():
+    if not file.is_file():  # a pipe may never end
         raise OSError("it is no file")
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()[:32]
+    return sha256(file)
 
 
 def _read_index(file, key, width):
@@ -87,9 +82,11 @@ def _read_index(file, key, width):
 def _write_index(file, key, hashes, known, stamps):
     """Images of other galleries stay in the index; those that are gone or have changed are dropped."""
     now = {stamp[0]: stamp for stamp in stamps.values()}
-    kept = {stamp: content for stamp, content in hashes.items() if content in known}
-    kept = {stamp: content for stamp, content in kept.items() if now.get(stamp[0], stamp) == stamp}
-    kept = {stamp: content for stamp, content in kept.items() if stamp[0] in now or os.path.exists(stamp[0])}
+    kept = {}
+    for stamp, content in hashes.items():
+        current = now[stamp[0]] == stamp if stamp[0] in now else os.path.exists(stamp[0])
+        if current and content in known:
+            kept[stamp] = content
     contents = list(dict.fromkeys(kept.values()))
     if contents:
         features = torch.stack([known[content] for content in contents])
@@ -155,7 +152,6 @@ def parse_arguments():
         parser.error(f"--mix {args.mix} is not between 0 and 1")
     if args.image:
         load_image(args.image)  # before anything takes long
-    Image.init()
     if args.sheet and args.sheet.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(f"--sheet cannot write {args.sheet}; give it a name that ends in .png or .jpg")
     if args.sheet and args.top > 200:
@@ -182,7 +178,9 @@ def main():
     print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
     if args.sheet:
         with whole(args.sheet) as temporary:
-            contact_sheet(results, args.text, args.image).save(temporary, Image.EXTENSION[args.sheet.suffix.lower()])
+            contact_sheet(results, args.text, args.image).save(
+                temporary, Image.registered_extensions()[args.sheet.suffix.lower()]
+            )
     if args.json:
         print_json(results)
     else:

@@ -90,7 +90,6 @@ def claimed(run, new=False):
     """Keep other trainings out of the run's folder while the block runs, and let Ctrl-C name the command that goes on.
     new: make the folder."""
     if new:
-        check_unused(run)
         make_folder(run)
     with locked(run / ".lock", f"another training writes to {run}; wait for its end, or choose another --run"):
         if new:

@@ -5,7 +5,7 @@ caption; "5 o'clock" becomes "7 o'clock". What cannot be understood for certain 
 `mirror_text` answer None, and the image is not mirrored. That costs a little variety; a wrong guess would teach a model
 to confuse the sides.
 
-Try changing this: take "droit" out of WORDS, and "oreille-droit" is flipped to itself, the mistake to be avoided.
+Try changing this: take "droit" out of WORDS, and `main` mirrors "nez-droit" as itself, the mistake to be avoided.
 """
 
 import unicodedata

@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoint import WEIGHTS, base_folder
 from data import load_dataset
 from errors import UserError, reason
-from files import make_folder, read_json, write_json
+from files import read_json, write_json
 from phantom import DEFAULT
 
 NAMED = Path("named-paths.json")  # in the working directory; not in runs/, where a stranger's runs are unpacked
@@ -48,7 +48,6 @@ def remember(*paths):
     new = [str(path) for path in (Path(path).resolve() for path in paths) if path.exists() and str(path) not in known]
     if new:
         with contextlib.suppress(UserError):  # where nothing can be written, the flag is needed again
-            make_folder(NAMED.parent)
             write_json(NAMED, known + new)
 
 

@@ -4,7 +4,6 @@ Fetches model.safetensors (599 MB) and merges.txt from Hugging Face into weights
 on where it stopped, and a file gets its name only when its SHA-256 is right.
 """
 
-import hashlib
 import http.client
 import os
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 from cli import Parser, file_path
 from errors import UserError, advice, reason, run_script, shown
-from files import locked, make_folder, take_name
+from files import locked, make_folder, sha256, take_name
 
 REPOSITORY = "openai/clip-vit-base-patch16"
 FILES = {  # name: (revision, SHA-256)
@@ -27,14 +26,6 @@ FILES = {  # name: (revision, SHA-256)
 ATTEMPTS, BLOCK = 5, 2**20
 LIMIT = 2**30  # bytes
 PATIENCE, SLOWEST = 60, 1000  # seconds; bytes a second
-
-
-def sha256(file):
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while block := f.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def show(name, done, total, start, first):
