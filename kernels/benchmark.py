@@ -129,7 +129,8 @@ def with_gradients(function):
     def call(*arguments):
         value = function(*arguments)
         wanted = [v for v in arguments if v.requires_grad]
-        return value, *torch.autograd.grad(value.sum() if value.dim() else value, wanted)
+        gradients = torch.autograd.grad(value.sum() if value.dim() else value, wanted)
+        return value.detach(), *gradients  # a value that holds its graph could not be captured in another stream
 
     return call
 
@@ -338,7 +339,7 @@ def main():
     elif DEVICE == "cuda":
         if torch.cuda.get_device_capability() < (8, 0):
             raise UserError("this GPU is older than Triton's tensor cores (compute capability 8.0); nothing to measure")
-        write_into_readme(measure(cases(args.quick), seconds=0.05 if args.quick else 0.5))
+        write_into_readme(measure(cases(args.quick), seconds=0.05 if args.quick else 0.2))
     else:
         raise UserError("there is no GPU to measure on; --static compiles without one")
 

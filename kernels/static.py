@@ -51,7 +51,8 @@ def argument_type(name, dtype):
 
 
 def variants(dtype, capability):
-    tile, row = triton_tiles.tile_shape(dtype, divmod(capability, 10)), triton_slerp.launch_shape(D)
+    tile, odd_tile = (triton_tiles.tile_shape(dtype, divmod(capability, 10), even) for even in (True, False))
+    row = triton_slerp.launch_shape(D)
     found, labels = [], ("x_labels", "y_labels")
     for N, M in ((32, 7), (32, 20), (64, 64)):
         shape = triton_tiny.tiny_shape(N, M, dtype)
@@ -65,7 +66,7 @@ def variants(dtype, capability):
         kernel = getattr(triton_tiles, f"{name}_kernel")
         found.append(Variant(name, kernel, {**tile, "EVEN": True}))
         found.append(Variant(f"{name}, pairs", kernel, {**tile, "EVEN": True}, labels))
-        found.append(Variant(f"{name}, odd D", kernel, {**tile, "EVEN": False}, odd=True))
+        found.append(Variant(f"{name}, odd D", kernel, {**odd_tile, "EVEN": False}, odd=True))
     found.append(Variant("combine", triton_tiles.combine_kernel, {"BLOCK_N": 64, "BLOCK_T": 16}))
     found.append(Variant("loss", triton_tiles.loss_kernel, {"BLOCK": 1024}))
     found.append(Variant("project", triton_tiles.project_kernel, row))
@@ -146,7 +147,10 @@ def main():
                 if found["spilled"]:
                     cell += f", spills {found['spilled']} B"
                 cells.append(cell)
-                if found["spilled"] > (100 if "odd" in name else 0) or found["shared"] > limit * 1024:
+                # The tiles of sm_90 spill, and are faster all the same: `triton_tiles.tile_shape`.
+                tile = name.startswith(("statistics", "gradient")) and capability == 90 and dtype != torch.float32
+                allowed = 100 if "odd" in name else 1300 if tile else 0
+                if found["spilled"] > allowed or found["shared"] > limit * 1024:
                     too_much.append(f"{name} of {dtype} on sm_{capability}: {found}")
             print(f"| {' | '.join(cells)} |")
     if too_much:

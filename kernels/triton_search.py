@@ -52,11 +52,10 @@ def cosines_kernel(
 
 
 def search_shape(Q):
-    """tl.dot takes no side below 16. In "tf32x3" three products on tensor cores, of the numbers rounded to TF32 and of
-    what the rounding left, come close to full precision."""
+    """tl.dot takes no side below 16. triton_tiles.py explains "tf32x3"."""
     block_q = min(64, max(16, triton.next_power_of_2(Q)))
     options = {"PRECISION": "tf32x3", "num_warps": 8 if block_q == 64 else 4, "num_stages": 3}
-    return {"BLOCK_Q": block_q, "BLOCK_N": 64, "BLOCK_D": 32, **options}
+    return {"BLOCK_Q": block_q, "BLOCK_N": 128 if block_q == 16 else 64, "BLOCK_D": 32, **options}
 
 
 def cosines(queries, gallery):

@@ -85,7 +85,7 @@ def tiny_kernel(
         d = start + tl.arange(0, BLOCK_D)
         a = tl.load(x + rows[:, None] * D + d[None, :], row_ok[:, None] & (d < D)[None, :], other=0)
         b = tl.load(y + columns[None, :] * D + d[:, None], column_ok[None, :] & (d < D)[:, None], other=0)
-        xy = tl.dot(a, b, xy, input_precision="ieee")
+        xy = tl.dot(a, b, xy, input_precision=PRECISION)
         xx += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
         yy += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
     rx, ry = inverse_length(xx), inverse_length(yy)
@@ -127,11 +127,13 @@ def tiny_kernel(
 def tiny_shape(N, M, dtype):
     """A block that holds the matrix; tl.dot takes no side below 16."""
     block_n, block_m = (max(16, triton.next_power_of_2(size)) for size in (N, M))
-    # K holds float32. Beside 16-bit features the 10 binary digits of TF32 are enough, and tensor cores are fast at it.
-    precision = "ieee" if dtype == torch.float32 else "tf32"
     entries = block_n * block_m
+    # triton_tiles.py explains "tf32x3"; for a large block it takes more registers than there are. Beside 16-bit features
+    # K, which is float32, is multiplied with TF32's 10 binary digits.
+    precision = "tf32" if dtype != torch.float32 else "tf32x3" if entries <= 1024 else "ieee"
     depth = max(16, 32768 // max(512, entries))  # the larger the block, the fewer features at a time fit beside it
-    options = {"BLOCK_D": depth, "num_warps": 4 if entries <= 512 else 8, "num_stages": 2}
+    options = {"num_warps": 4, "num_stages": 1} if entries <= 1024 else {"num_warps": 8, "num_stages": 2}
+    options["BLOCK_D"] = depth
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "PRECISION": precision, **options}
 
 

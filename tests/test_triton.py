@@ -500,11 +500,11 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path):
     assert len(rows) == 69 and {name.split(",")[0].split()[0] for name, _ in table} == kernels_of
     for (name, dtype), architectures in table.items():
         assert len(architectures) == 6
-        half = name.startswith(("tiny", "statistics", "gradient")) and dtype != "float32"
-        multiplies = half or name.startswith("cosines")
+        full = name.startswith("tiny, 64") and dtype == "float32"  # on the ordinary units
+        multiplies = name.startswith(("tiny", "statistics", "gradient", "cosines")) and not full
         assert [int(cell[2]) > 0 for cell in architectures] == [multiplies] * 6
     h100 = {name: float(table[name, "bfloat16"][3][3]) for name in ("statistics", "gradient")}
-    assert h100["statistics"] <= 48 and h100["gradient"] <= 23  # instructions for each entry of a tile
+    assert h100["statistics"] <= 48 and h100["gradient"] <= 27  # instructions for each entry of a tile
 
 
 WITHOUT_TRITON = """
