@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shlex
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -17,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import clip_config
 from errors import UserError, reason
 from files import parse_json, whole
-from model import CLIP, HEAD_WIDTH, CLIPConfig
+from model import CLIP, CLIPConfig
 from tokenizer import Tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -65,21 +68,16 @@ def translate(name, naming):
 
 
 def load_clip(path, dtype=torch.float32):
-    """Build a `CLIP` from a .safetensors file, or from a folder with a model.safetensors.
+    """Build a `CLIP` from a .safetensors file, or from a folder with a model.safetensors or open_clip_model.safetensors.
 
     OpenAI's and Hugging Face's tensor names are both read, in any floating type. The file is mapped into memory: where
-    it already holds `dtype`, no weight is copied until training writes to it.
+    it already holds `dtype`, no weight is copied until training writes to it. What the shapes of the tensors don't show
+    is read from the configuration files beside it (clip_config.py).
 
     Raises UserError if there is no such file, if it is not a CLIP ViT checkpoint, holds a value that is not finite, or
     with every missing, unexpected and mis-shaped tensor by its name in the file.
     """
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"there are no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name others by "
-            "--weights: phantom, or the path of a CLIP file or folder"
-        )
+    file = weights_file(Path(path))
     try:
         with open(file, "rb"):  # safetensors calls a file that may not be read missing
             tensors = {name: t for name, t in load_file(file).items() if not IGNORED.fullmatch(name)}
@@ -89,6 +87,7 @@ def load_clip(path, dtype=torch.float32):
 
     naming = OPENAI if "visual.conv1.weight" in tensors else HUGGING_FACE
     config = infer_config(tensors, naming, file)
+    config = clip_config.complete(config, file.parent, naming is OPENAI, file)
     with torch.device("meta"):  # shapes without memory: the numbers come from the file
         clip = CLIP(config)
 
@@ -118,6 +117,37 @@ def load_clip(path, dtype=torch.float32):
         raise UserError(f"{file} does not fit a CLIP ViT, name another by --weights: {'; '.join(problems)}")
     clip.load_state_dict(state, assign=True)
     return clip
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def weights_file(path):
+    """A file or folder → the file of its weights. Raises UserError where there is none, or one that could run code."""
+    names = ("model.safetensors", "open_clip_model.safetensors")
+    files = [path / name for name in names] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), files[0])
+    if path.is_dir() and not file.is_file():
+        file = min((f for f in path.iterdir() if f.suffix in PICKLES), default=file)
+    if not file.is_file():
+        raise UserError(
+            f"there are no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name others by "
+            "--weights: phantom, or the path of a CLIP file or folder"
+        )
+    if file.suffix in PICKLES:
+        raise UserError(f"{file} may run code when it is read; get a .safetensors file, or convert it: {convert(file)}")
+    return file
+
+
+def convert(file):
+    """→ the command that makes a .safetensors file of a pickled one, without running code that it may hold. OpenAI's own
+    files are programs for TorchScript, which can't read or write other files."""
+    script = zipfile.is_zipfile(file) and any("/code/" in name for name in zipfile.ZipFile(file).namelist())
+    read = "torch.jit.load(old, 'cpu').state_dict()" if script else "torch.load(old, 'cpu', weights_only=True)"
+    new = file.with_name("open_clip_model.safetensors" if "open_clip" in file.name else "model.safetensors")
+    code = f"import sys, torch, safetensors.torch as s; old, new = sys.argv[1:]; t = {read}; "
+    code += "s.save_file({k: v.contiguous().clone() for k, v in t.items()}, new)"
+    return f'python -c "{code}" {shlex.quote(str(file))} {shlex.quote(str(new))}'
 
 
 def _stored(name, shape, naming):
@@ -159,11 +189,6 @@ def infer_config(tensors, naming, file):
     vocab_size, text_width = shape("text.token_embedding.weight", 2)
     grid = math.isqrt(shape("visual.position_embedding", 2)[0] - 1)
     projection = shape("text.proj.weight", 2)
-    for width in (vision_width, text_width):
-        if width % HEAD_WIDTH:
-            raise UserError(
-                f"{file} is no CLIP ViT, its width {width} is no multiple of {HEAD_WIDTH}; name another file"
-            )
     context_length = shape("text.position_embedding", 2)[0]
     if not (grid and layers("visual.blocks") and layers("text.blocks") and context_length > 2):
         raise UserError(f"{file} is no CLIP ViT, it lacks patches, blocks or positions; name another")

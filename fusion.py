@@ -88,7 +88,7 @@ class MultiLevelFusion(nn.Module):
             raise ValueError(f"levels {list(levels)} are not all between 1 and {last}, the number of blocks")
         self.mode = mode
         self.levels = sorted({*levels, last})
-        self.norms = nn.ModuleList(nn.LayerNorm(visual.ln_post.normalized_shape) for _ in self.levels)
+        self.norms = nn.ModuleList(nn.LayerNorm(visual.ln_post.normalized_shape, visual.ln_post.eps) for _ in self.levels)
         for norm in self.norms:
             norm.load_state_dict(visual.ln_post.state_dict())
         width, embed_dim, earlier = visual.proj.in_features, visual.proj.out_features, len(self.levels) - 1

@@ -1,6 +1,6 @@
 """From an image file to pixels.
 
-file ─ load_image ─ Pillow image ─ resize_and_crop, or augment ─ uint8 pixels ─ normalize ─ float pixels for CLIP
+file ─ load_image ─ Pillow image ─ to_square, or augment ─ uint8 pixels ─ normalize ─ float pixels for CLIP
 """
 
 import math
@@ -9,6 +9,7 @@ import random
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,25 @@ from errors import UserError, advice, reason
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 # By content, whatever a file's name says. Others that Pillow knows may start a program, as EPS does Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
-# Mean and standard deviation of red, green and blue over CLIP's training images, of values from 0 to 1. CLIP expects
-# pixels with the mean subtracted and divided by the deviation.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# How a rectangular picture becomes the square that a model takes. crop: its middle; pad: all of it, with black bars;
+# squash: all of it, out of proportion; field: the scope's bright field of view, padded.
+FRAMES = ("crop", "pad", "squash", "field")
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its pixels; the defaults are OpenAI's. mean, std: of red, green and blue over the images
+    that it was trained on, of values from 0 to 1. It takes pixels less the mean, divided by the standard deviation."""
+
+    frame: str = "crop"
+    resample: str = "bicubic"
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+OPENAI = Preprocessing()
+FIELD = 24  # of 255 levels; compressed black has up to some 15
 LARGE, LARGEST, LONGEST = 12_000_000, 50_000_000, 100_000  # pixels; an endoscope's 4K has 8,300,000
 MOST_FOLDERS = 100_000
 ONE_AT_A_TIME = threading.Lock()
@@ -106,8 +120,25 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def resize_and_crop(image, size=224):
-    """Pillow image → (size, size, 3) uint8: the shorter side to `size` (bicubic, antialiased), then the centre."""
+def to_square(image, size=224, how=OPENAI):
+    """Pillow image → (size, size, 3) uint8, scaled (antialiased) and cut or padded as the Preprocessing says."""
+    resample = RESAMPLING[how.resample]
+    if how.frame == "crop":
+        return np.array(_scale_and_crop(image, size, resample))
+    image = to_rgb(image)
+    if how.frame == "squash":
+        return np.array(image.resize((size, size), resample))
+    if how.frame == "field":
+        image = crop_to_field(image)
+    longest = max(image.size)
+    width, height = (max(1, round(size * side / longest)) for side in image.size)
+    square = Image.new("RGB", (size, size))
+    square.paste(image.resize((width, height), resample), ((size - width) // 2, (size - height) // 2))
+    return np.array(square)
+
+
+def _scale_and_crop(image, size, resample):
+    """The shorter side to `size`, then the centre."""
     short = min(image.size)
     if max(image.size) > 32 * short:  # a thread, whose scaled copy would fill the memory: its middle
         left, top = (max(0, side - 32 * short) // 2 for side in image.size)
@@ -115,36 +146,57 @@ def resize_and_crop(image, size=224):
     image = to_rgb(image)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return np.array(image)
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
-def normalize(pixels):
-    """(…, H, W, 3) uint8 → (…, 3, H, W) float32, CLIP-normalized, on the same device."""
-    mean, std = (torch.tensor(values, device=pixels.device) for values in (CLIP_MEAN, CLIP_STD))
+def crop_to_field(image):
+    """Cut away the black around an endoscope's bright field of view, a disk or an octagon: the rows and columns at the
+    edges of which less than a tenth is brighter than FIELD. Bright letters beside the field don't count as it. Where
+    hardly anything is left, as of a dark picture, the image stays as it is."""
+    small = image.convert("L").reduce(max(1, max(image.size) // 256))
+    bright = np.asarray(small) > FIELD
+    ends = []
+    for axis, side in ((0, image.width), (1, image.height)):
+        inside = np.flatnonzero(bright.mean(axis) > 0.1)
+        if len(inside) < bright.shape[1 - axis] / 4:
+            return image
+        scale = side / bright.shape[1 - axis]
+        ends.append((int(inside[0] * scale), math.ceil((inside[-1] + 1) * scale)))
+    (left, right), (top, bottom) = ends
+    return image.crop((left, top, right, bottom))
+
+
+def normalize(pixels, how=OPENAI):
+    """(…, H, W, 3) uint8 → (…, 3, H, W) float32, less the mean, divided by the deviation, on the same device."""
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (how.mean, how.std))
     return ((pixels.float() / 255 - mean) / std).movedim(-1, -3).contiguous()
 
 
-def preprocess(image, size=224):
-    """Pillow image → (3, size, size) float32, as OpenAI's CLIP takes it.
+def preprocess(image, size=224, how=OPENAI):
+    """Pillow image → (3, size, size) float32, as OpenAI's CLIP takes it, or another model.
 
     The behaviour matched is that of transformers' CLIPImageProcessor, which differs from OpenAI's transform by turning
-    images to RGB first, transparency on white, and by rounding down where the crop's margin is odd.
+    images to RGB first, transparency on white, and by rounding down where the crop's margin is odd; for pad, that of
+    open_clip's resize mode "longest".
     """
-    return normalize(torch.from_numpy(resize_and_crop(image, size)))
+    return normalize(torch.from_numpy(to_square(image, size, how)), how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation
 
 
-def augment(image, size, rng, flip):
+def augment(image, size, rng, flip, frame="crop"):
     """Pillow image → (size, size, 3) uint8: a random crop (half the area or more), a rotation of up to 15°, brightness,
-    contrast and saturation within 20 %, and, if `flip`, mirrored. rng: a random.Random."""
+    contrast and saturation within 20 %, and, if `flip`, mirrored. rng: a random.Random; frame: of FRAMES."""
     image = to_rgb(image)
+    if frame == "field":
+        image = crop_to_field(image)
+    if frame in ("pad", "field"):
+        image = ImageOps.pad(image, (max(image.size),) * 2)
     scale, aspect = rng.uniform(0.5, 1) ** 0.5, rng.uniform(3 / 4, 4 / 3) ** 0.5
-    side = min(image.size)
-    width, height = min(side * scale * aspect, image.width), min(side * scale / aspect, image.height)
+    across, down = image.size if frame == "squash" else (min(image.size),) * 2
+    width, height = min(across * scale * aspect, image.width), min(down * scale / aspect, image.height)
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
     image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)  # black corners, as around a scope's field

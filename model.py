@@ -16,14 +16,15 @@ asks each image to pick its own text among the N by a softmax, and each text its
 training on the classes: compare an image with a sentence for each class and take the nearest. It is called
 *zero-shot*, and `python model.py` does it.
 
-The numbers above are ViT-B/16's; `checkpoint.py` reads them off the shapes of any OpenAI-style CLIP ViT checkpoint.
+The numbers above are ViT-B/16's; `checkpoint.py` reads them off the shapes of any OpenAI-style CLIP ViT checkpoint, and
+`clip_config.py` reads what shapes do not show.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020); the
 behaviour matched is that of github.com/openai/CLIP.
 
 Try changing this: draw the phantoms as scope "B" sees them, which these weights have never met; closed vocal cords are
-then taken for an ear. Swap left and right in the prompts: noses and ears change places. Put `F.gelu(x)` in QuickGELU's
-place: the cosines move by up to 0.02.
+then taken for an ear. Swap left and right in the prompts: noses and ears change places. Let `quick_gelu` return
+`F.gelu(x)`: the cosines move by up to 0.02.
 """
 
 import math
@@ -33,12 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEAD_WIDTH = 64  # OpenAI's CLIP ViTs have width / 64 heads; no checkpoint stores the number, their loader infers it too
+from images import Preprocessing
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The architecture; the defaults are CLIP ViT-B/16 (149,620,737 parameters)."""
+    """The architecture; the defaults are CLIP ViT-B/16 (149,620,737 parameters), as OpenAI trained it."""
 
     embed_dim: int = 512
     image_size: int = 224
@@ -49,20 +50,27 @@ class CLIPConfig:
     vocab_size: int = 49408
     text_width: int = 512
     text_layers: int = 12
+    # What the shapes of the weights don't show. The number of heads is width / head width.
+    vision_head_width: int = 64
+    text_head_width: int = 64
+    activation: str = "quick_gelu"  # or "gelu"
+    norm_eps: float = 1e-5
+    preprocessing: Preprocessing = Preprocessing()  # of the images
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: every token compares its query q with the keys k of all tokens, and takes the mean of
-    their values v, weighted by the softmax of q·k / √64. This happens in width / 64 *heads*, each in 64 dimensions.
+    their values v, weighted by the softmax of q·k / √64. This happens in width / 64 *heads*, each in 64 dimensions, the
+    head width.
 
     causal: a token sees only itself and those before it. CLIP's text tower is so, as language models are; it costs
     little, as the token that is read stands last. q, k and v have a projection each, where OpenAI's code has one matrix
     for all three: lora.py says why.
     """
 
-    def __init__(self, width, causal):
+    def __init__(self, width, head_width, causal):
         super().__init__()
-        self.causal = causal
+        self.head_width, self.causal = head_width, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -71,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, L, C = x.shape
         q, k, v = (
-            proj(x).view(B, L, C // HEAD_WIDTH, HEAD_WIDTH).transpose(1, 2)  # (B, heads, L, 64)
+            proj(x).view(B, L, C // self.head_width, self.head_width).transpose(1, 2)  # (B, heads, L, 64)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -81,29 +89,32 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers that treat every token by itself."""
 
-    def __init__(self, width):
+    def __init__(self, width, activation):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
+        self.activation = {"quick_gelu": quick_gelu, "gelu": F.gelu}[activation]
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        x = self.fc1(x)
-        # QuickGELU. GELU is x·Φ(x), with Φ the normal distribution function; sigmoid(1.702 x) is within 0.01 of Φ, and
-        # cheaper. CLIP was trained with it, so here the exact GELU would be the wrong one.
-        x = x * torch.sigmoid(1.702 * x)
-        return self.fc2(x)
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def quick_gelu(x):
+    """GELU is x·Φ(x), with Φ the normal distribution function; sigmoid(1.702 x) is within 0.01 of Φ, and cheaper. A
+    model needs the one it was trained with: OpenAI's this one, most later ones the exact GELU."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
     """A transformer block. x is the *residual stream*: attention and MLP only add to it, nothing replaces it. Both read
     a normalized copy of it (*pre-norm*), so from the first block to the last nothing but additions happens to it."""
 
-    def __init__(self, width, causal):
+    def __init__(self, width, head_width, causal, activation, eps):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, causal)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.ln_1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, head_width, causal)
+        self.ln_2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, activation)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
@@ -116,16 +127,17 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        width, size, patch = config.vision_width, config.image_size, config.patch_size
+        width, size, patch, eps = config.vision_width, config.image_size, config.patch_size, config.norm_eps
         self.image_size = size
         # A convolution whose stride is its size: one linear layer for every patch, 3·16·16 numbers → width.
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         # Attention does not know the order of its tokens, so a learned vector for each place is added to them.
         self.position_embedding = nn.Parameter(torch.empty((size // patch) ** 2 + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, causal=False) for _ in range(config.vision_layers))
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, eps)
+        block = (width, config.vision_head_width, False, config.activation, eps)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.vision_layers))
+        self.ln_post = nn.LayerNorm(width, eps)
         self.proj = nn.Linear(width, config.embed_dim, bias=False)
 
     def forward(self, pixels):
@@ -156,8 +168,9 @@ class TextTransformer(nn.Module):
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, causal=True) for _ in range(config.text_layers))
-        self.ln_final = nn.LayerNorm(width)
+        block = (width, config.text_head_width, True, config.activation, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.text_layers))
+        self.ln_final = nn.LayerNorm(width, config.norm_eps)
         self.proj = nn.Linear(width, config.embed_dim, bias=False)
 
     def forward(self, tokens):
