@@ -1,22 +1,26 @@
 """A model is put together: CLIP, low-rank adapters, fusion and class head, as the settings say; and its embeddings."""
 
 import hashlib
+import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import fingerprint, load_base
+import peft_format
+from checkpoint import base_folder, fingerprint, infer_config, load_clip, read_safetensors
 from cli import Progress, autocast
 from errors import UserError, counted, reason, shown
 from fusion import FusedCLIP, default_levels
-from images import load_image, normalize, prefetch, resize_and_crop
-from lora import add_lora
+from images import load_image, normalize, prefetch, to_square
+from lora import add_lora, fold_lora, merge_lora
 from model import CLIP, CLIPConfig
 from settings import Settings
 from sides import mirror_text
 from tokenizer import Tokenizer, learn_merges, save_merges
+from trust import find_base
 
 # The architecture of `--weights scratch`: small enough for a laptop, deep enough for levels to mean something.
 SCRATCH = CLIPConfig(
@@ -37,7 +41,8 @@ class Metadata:
     settings: Settings
     classes: list[str]  # in the order of the head's rows
     prompts: dict[str, list[str]]  # of each class
-    base: dict[str, str]  # {"weights": the flag, "fingerprint": of the weights, or, from scratch, of the merges}
+    # {"weights": the flag, "fingerprint": of the weights, or, from scratch, of the merges, "config": its CLIPConfig}
+    base: dict
 
     @classmethod
     def read(cls, stored, file):
@@ -51,7 +56,9 @@ class Metadata:
                 raise UserError("classes")
             if list(prompts) != classes or not all(isinstance(p, list) and _texts(p) for p in prompts.values()):
                 raise UserError("prompts")
-            if base.keys() != {"weights", "fingerprint"} or not _texts(base.values()):
+            if base.keys() != {"weights", "fingerprint", "config"} or not isinstance(base["config"], dict):
+                raise UserError("base")
+            if not _texts([base["weights"], base["fingerprint"]]):
                 raise UserError("base")
             return metadata
         except (KeyError, TypeError, AttributeError, UserError) as problem:
@@ -70,7 +77,7 @@ def start_from_scratch(texts, run):
     if not (run / "last.safetensors").exists():
         save_merges(learn_merges(texts, 1000), run / "merges.txt")
     tokenizer = Tokenizer(run)
-    return CLIP(CLIPConfig(**{**asdict(SCRATCH), "vocab_size": len(tokenizer)})).initialize(), tokenizer
+    return CLIP(replace(SCRATCH, vocab_size=len(tokenizer))).initialize(), tokenizer
 
 
 def fingerprint_of_merges(tokenizer):
@@ -79,7 +86,7 @@ def fingerprint_of_merges(tokenizer):
 
 def check_model(settings):
     """Raise UserError where the settings do not fit the base model, or there is none: before hours of other work."""
-    clip = CLIP(SCRATCH) if settings.weights == "scratch" else load_base(settings.weights)[0]
+    clip = CLIP(SCRATCH) if settings.weights == "scratch" else open_base(settings.weights).clip
     assemble(clip, settings, num_classes=2)
 
 
@@ -90,24 +97,35 @@ def new_model(settings, prompts, samples, run):
     scratch = settings.weights == "scratch"
     if scratch:
         texts = [text for texts in prompts.values() for text in texts]
-        texts += [text for s in samples if s.caption for text in (s.caption, mirror_text(s.caption)) if text]
-        clip, tokenizer = start_from_scratch(texts, run)
+        texts += [text for s in samples for caption in s.captions for text in (caption, mirror_text(caption)) if text]
+        base = Base(*start_from_scratch(texts, run))
+        base = base._replace(fingerprint=fingerprint_of_merges(base.tokenizer))
     else:
-        clip, tokenizer = load_base(settings.weights)
-    own = fingerprint_of_merges(tokenizer) if scratch else fingerprint(clip)
-    base = {"weights": settings.weights, "fingerprint": own}
+        base = open_base(settings.weights)
+    clip, tokenizer = base.clip, base.tokenizer
+    about = {"weights": settings.weights, "fingerprint": base.fingerprint, "config": plain(clip.config)}
     model = assemble(clip, settings, len(prompts))
     if scratch:  # an untrained text tower sees no difference between classes: start at random
         torch.nn.init.normal_(model.head)
     else:
         model.set_head([tokenizer(texts, clip.config.context_length) for texts in prompts.values()])
-    return model, tokenizer, Metadata(settings, list(prompts), prompts, base)
+    if base.start:
+        go_on_from(base.start, model, list(prompts))
+    return model, tokenizer, Metadata(settings, list(prompts), prompts, about)
+
+
+def plain(config):
+    """CLIPConfig → what JSON makes of it."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def assemble(clip, settings, num_classes):
     """CLIP + LoRA + fusion + head as the settings say; what is to be trained, and only that, requires a gradient.
     Raises UserError where the model has no such blocks."""
     levels, last = settings.levels, len(clip.visual.blocks)
+    if settings.frame:
+        how = replace(clip.config.preprocessing, frame=settings.frame)
+        clip.config = replace(clip.config, preprocessing=how)
     if settings.full:
         clip.requires_grad_(True)
     else:
@@ -140,16 +158,121 @@ def load_trained(model, tensors, file):
             parameter.copy_(tensors[name])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Base models and runs
+
+
+class Base(NamedTuple):
+    """What --weights names."""
+
+    clip: CLIP
+    tokenizer: Tokenizer
+    fingerprint: str = ""
+    start: tuple | None = None  # of a run: its FusedCLIP and Metadata
+
+
+def load_base(weights):
+    """→ (CLIP, Tokenizer) of a base model."""
+    return open_base(weights)[:2]
+
+
+def open_base(weights):
+    """The --weights flag → Base: CLIP's weights, or a PEFT adapter or a run, merged with theirs. Raises UserError where
+    there is none, or its merges don't fit."""
+    path, adapter = base_folder(weights), None
+    if (path / "adapter.safetensors").is_file():
+        model, tokenizer, metadata = load_run(path, torch.device("cpu"))
+        fold_lora(model.clip)
+        # Merged weights may round otherwise elsewhere. So the hash is that of what was added to which base.
+        own = read_safetensors(path / "adapter.safetensors")[0]
+        key = fingerprint({metadata.base["fingerprint"]: torch.zeros(0), **own})
+        return Base(model.clip, tokenizer, key, (model, metadata))
+    if (path / peft_format.CONFIG).is_file():
+        path, adapter = peft_format.base_of(path), path
+    clip = load_clip(path)
+    tokenizer = Tokenizer(path if path.is_dir() else path.parent)
+    if len(tokenizer) != clip.config.vocab_size:
+        raise UserError(
+            f"the merges.txt of {path} makes {len(tokenizer):,} tokens, the weights expect {clip.config.vocab_size:,}; "
+            "put the merges.txt that belongs to the weights there"
+        )
+    key = fingerprint(clip.state_dict())
+    if adapter:
+        key = fingerprint({key: torch.zeros(0), **peft_format.merge_adapter(clip, adapter)})
+    return Base(clip, tokenizer, key)
+
+
+def go_on_from(start, model, classes):
+    """Give a new model what a run has learned beside CLIP: the vectors of the classes that it knows, and its fusion
+    of levels, if the new model has the same one."""
+    old, metadata = start
+    with torch.no_grad():
+        for row, name in zip(model.head, classes, strict=True):
+            if name in metadata.classes:
+                row.copy_(old.head[metadata.classes.index(name)])
+    kinds = [f and (f.mode, f.levels) for f in (old.fusion, model.fusion)]
+    if kinds[0] == kinds[1] and old.fusion is not None:
+        model.fusion.load_state_dict(old.fusion.state_dict())
+    elif old.fusion is not None:
+        print("note: the run fuses levels in another way, which is left behind; its class vectors were trained with it")
+
+
+def load_run(run, device, weights=None, merge=True):
+    """A run's folder → (FusedCLIP for inference, Tokenizer, Metadata).
+
+    weights: where the base model is, should it have moved; merge: add the adapters into the weights, which is faster
+    but rounds. Raises UserError.
+    """
+    file = run / "adapter.safetensors"
+    tensors, stored = read_safetensors(file)
+    metadata = Metadata.read(stored, file)
+    settings, base = metadata.settings, metadata.base
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    if ranks and ranks != {settings.lora_rank}:  # before memory is taken for what the settings say
+        raise UserError(f"{file} has adapters of another rank than its settings say; train again")
+    if base["weights"] == "scratch":
+        own = {name.removeprefix("clip."): tensor for name, tensor in tensors.items()}
+        with torch.device("meta"):  # shapes without memory: the numbers come from the file
+            clip = CLIP(infer_config(own, [], file))
+        expected = {name: tensor.shape for name, tensor in clip.state_dict().items()}
+        if any(name not in own or own[name].shape != shape for name, shape in expected.items()):
+            raise UserError(f"{file} does not fit its own settings; train again")
+        clip.load_state_dict({name: own[name] for name in expected}, assign=True)
+        tokenizer = Tokenizer(run)
+        if fingerprint_of_merges(tokenizer) != base["fingerprint"]:
+            raise UserError(f"{run / 'merges.txt'} is not what {file.name} was trained with; restore it")
+    else:
+        weights = find_base(weights, base["weights"], run)
+        clip, tokenizer, own, _ = open_base(weights)
+        if own != base["fingerprint"]:
+            raise UserError(f"{run} was trained on other base weights than {weights}; say where they are by --weights")
+        for name, value in plain(clip.config).items():
+            if base["config"].get(name) != value:
+                raise UserError(
+                    f"{run} was trained with {name} = {base['config'].get(name)}, but the files beside {weights} say "
+                    f"{value}; restore them"
+                )
+    model = assemble(clip, settings, len(metadata.classes))
+    load_trained(model, tensors, file)
+    if merge:
+        merge_lora(model)
+    return model.to(device).eval(), tokenizer, metadata
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+
+
 @torch.inference_mode()
 def encode_batches(model, files, device, batch_size, workers, what, bad=None):
     """Yield (files, their (B, embed_dim) float32 fused embeddings on the CPU, not of unit length) of each batch.
 
     Files that cannot be read are left out and put into `bad`, {file: why}. Without it they are a UserError."""
-    size = model.clip.config.image_size
+    size, how = model.clip.config.image_size, model.clip.config.preprocessing
 
     def pixels_of(file):
         try:
-            return resize_and_crop(load_image(file), size)
+            return to_square(load_image(file), size, how)
         except UserError as problem:
             if bad is None:
                 raise
@@ -161,7 +284,7 @@ def encode_batches(model, files, device, batch_size, workers, what, bad=None):
         good = [(file, array) for file, array in zip(batch, arrays, strict=True) if array is not None]
         if good:
             read, arrays = zip(*good, strict=True)
-            pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device))
+            pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device), how)
             with autocast(device):
                 yield read, model.encode_image(pixels).float().cpu()
         done += len(batch)

@@ -23,9 +23,10 @@ import clip_config
 from errors import UserError, reason
 from files import parse_json, whole
 from model import CLIP, CLIPConfig
-from tokenizer import Tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
+# What --weights names beside paths; all but the first are what `weights/download.py --model` fetches.
+NAMES = ("phantom", "clip-vit-b-16", "clip-vit-b-32", "clip-vit-l-14", "clip-vit-l-14-336", "clip-vit-b-16-laion")
 
 HUGGING_FACE = [
     (r"^visual\.patch_embed\b", "vision_model.embeddings.patch_embedding"),
@@ -68,7 +69,7 @@ def translate(name, naming):
 
 
 def load_clip(path, dtype=torch.float32):
-    """Build a `CLIP` from a .safetensors file, or from a folder with a model.safetensors or open_clip_model.safetensors.
+    """Build a `CLIP` from a .safetensors file, or a folder with a model.safetensors or open_clip_model.safetensors.
 
     OpenAI's and Hugging Face's tensor names are both read, in any floating type. The file is mapped into memory: where
     it already holds `dtype`, no weight is copied until training writes to it. What the shapes of the tensors don't show
@@ -140,8 +141,8 @@ def weights_file(path):
 
 
 def convert(file):
-    """→ the command that makes a .safetensors file of a pickled one, without running code that it may hold. OpenAI's own
-    files are programs for TorchScript, which can't read or write other files."""
+    """→ the command that makes a .safetensors file of a pickled one, without running code that it may hold. OpenAI's
+    own files are programs for TorchScript, which can't read or write other files."""
     script = zipfile.is_zipfile(file) and any("/code/" in name for name in zipfile.ZipFile(file).namelist())
     read = "torch.jit.load(old, 'cpu').state_dict()" if script else "torch.load(old, 'cpu', weights_only=True)"
     new = file.with_name("open_clip_model.safetensors" if "open_clip" in file.name else "model.safetensors")
@@ -161,15 +162,19 @@ def _stored(name, shape, naming):
     return shape, lambda tensor: tensor
 
 
-def save_clip(clip, file):
-    """Write a `CLIP` to a .safetensors file by Hugging Face's tensor names, in float16: its range is enough, and its
-    rounding (1/2000) is far smaller than the difference between two training runs. Adapters should be merged."""
-    tensors = {  # a merged adapter has done its work, and its base is the layer
-        translate(name.replace(".base.", "."), HUGGING_FACE): tensor.half().contiguous()
-        for name, tensor in clip.state_dict().items()
-        if ".lora_" not in name
-    }
-    _save(tensors, file, {"format": "pt"})
+def save_clip(clip, file, dtype=torch.float16, naming=HUGGING_FACE):
+    """Write a `CLIP`, without adapters, to a .safetensors file by the tensor names of the `naming`. float16's range is
+    enough, and its rounding (1/2000) is far smaller than the difference between two training runs."""
+    own, tensors = clip.state_dict(), {}
+    for name, tensor in own.items():
+        if naming is OPENAI and name.endswith(".proj.weight"):
+            tensor = tensor.T
+        if naming is OPENAI and "attn.q_proj" in name:
+            tensor = torch.cat([own[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        if naming is OPENAI and (".k_proj" in name or ".v_proj" in name):
+            continue  # they stand below q
+        tensors[translate(name, naming)] = tensor.to(dtype).contiguous()
+    save_tensors(tensors, file, {"format": "pt"})
 
 
 def infer_config(tensors, naming, file):
@@ -215,11 +220,11 @@ def refuse_odd(tensors, file):
             raise UserError(f"{file} holds values that are not finite, in {name}; restore a copy, or get it again")
 
 
-def fingerprint(clip):
-    """A short hash that tells a model's weights from others': of the names, shapes and values of all tensors. A value
-    counts as float32, so that a file in half precision and its copy in float32 are the same."""
+def fingerprint(tensors):
+    """A short hash that tells a model's weights from others': of the names, shapes and values of all tensors, {name:
+    tensor}. A value counts as float32, so that a file in half precision and its copy in float32 are the same."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         values = np.ascontiguousarray(tensor.float().cpu().numpy())
         checksum = zlib.crc32(
             values.reshape(-1).view(np.uint8)
@@ -230,21 +235,7 @@ def fingerprint(clip):
 
 def base_folder(weights):
     """The --weights flag → where the base model is: a name is a folder of weights/, anything else a path."""
-    named = WEIGHTS / weights
-    return named if weights in ("phantom", "clip-vit-b-16") else Path(weights)
-
-
-def load_base(weights):
-    """→ (CLIP, Tokenizer) of a pretrained base model. Raises UserError where there is none, or its merges don't fit."""
-    path = base_folder(weights)
-    clip = load_clip(path)
-    tokenizer = Tokenizer(path if path.is_dir() else path.parent)
-    if len(tokenizer) != clip.config.vocab_size:
-        raise UserError(
-            f"the merges.txt of {path} makes {len(tokenizer):,} tokens, the weights expect {clip.config.vocab_size:,}; "
-            "put the merges.txt that belongs to the weights there"
-        )
-    return clip, tokenizer
+    return WEIGHTS / weights if weights in NAMES else Path(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,10 +244,11 @@ def load_base(weights):
 
 def write_safetensors(file, tensors, info):
     """Tensors and a JSON object, whole or not at all."""
-    _save(tensors, file, {"info": json.dumps(info)})
+    save_tensors(tensors, file, {"info": json.dumps(info)})
 
 
-def _save(tensors, file, metadata):
+def save_tensors(tensors, file, metadata):
+    """Write a .safetensors file, whole or not at all. metadata: {text: text}."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with whole(file) as temporary:
         try:
@@ -290,10 +282,10 @@ def main():
         print(f"  {name:36} {translate(name, HUGGING_FACE):54} {translate(name, OPENAI)}")
     clip = load_clip(base_folder("phantom"))
     print(f"read off the shapes of weights/phantom: {clip.config}")
-    print(f"fingerprint {fingerprint(clip)}", end="; ")
+    print(f"fingerprint {fingerprint(clip.state_dict())}", end="; ")
     with torch.no_grad():
         clip.visual.proj.weight += 1e-3
-    print(f"with one matrix changed by a thousandth {fingerprint(clip)}")
+    print(f"with one matrix changed by a thousandth {fingerprint(clip.state_dict())}")
 
 
 if __name__ == "__main__":

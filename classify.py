@@ -5,11 +5,11 @@ import sys
 
 import torch
 
-from build import encode_images
+from build import encode_images, load_run
 from cli import Parser, add_run_flags, file_path, find_device, print_json, report_bad
 from errors import UserError, run_script, shown
 from images import find_images
-from runs import find_run, load_run
+from runs import find_run
 from trust import find_samples
 
 

@@ -4,8 +4,9 @@ A data set is one of
   - a folder with one sub-folder a class (images at any depth below it), or with sub-folders train, val and test, each
     with one sub-folder a class; a folder of images alone has no labels;
   - a manifest, .csv or .jsonl, with the columns image (relative to the manifest) and label, and optionally caption,
-    group (a patient, say: images of one group stay on one side of a split that is drawn here) and split (train, val or
-    test), separated by commas, semicolons or tabs;
+    group (a patient, say: images of one group stay on one side of a split that is drawn here), split (train, val or
+    test) and match (the image that a search by this one should find), separated by commas, semicolons or tabs; an image
+    with several captions has a row for each;
   - the ENTRep challenge's folder, recognized by its cls.json or data.json (entrep.py);
   - the word phantom: synthetic images in that layout, drawn at the first use (phantom.py).
 """
@@ -34,7 +35,7 @@ from sides import mirror_classes, mirror_text
 # What pandas and Excel write for an empty cell; in the column group other programs' words, too, which may be classes.
 MISSING = {"nan", "#n/a", "<na>", "nat"}
 MOST_ROWS, LONGEST_CAPTION = 1_000_000, 10_000  # characters
-COLUMNS = ("image", "label", "caption", "group", "split")
+COLUMNS = ("image", "label", "caption", "group", "split", "match")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -44,9 +45,10 @@ class Sample:
 
     image: Path
     label: str | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     group: str | None = None
     split: str | None = None
+    match: Path | None = None  # the image that a search by this one should find
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ def load_dataset(path):
     set, or it contradicts itself."""
     path = default_dataset() if str(path) == "phantom" else Path(path)
     if path.is_dir():
-        samples = [Sample(*row, split=split) for *row, split in read_entrep(path)] or _read_folder(path)
+        samples = [Sample(**row) for row in read_entrep(path)] or _read_folder(path)
     elif path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
         samples = _read_manifest(path)
     elif os.path.exists(path):
@@ -67,36 +69,46 @@ def load_dataset(path):
         raise UserError(f"there is no {path}; give a folder of images or a manifest with --data")
     if not samples:
         raise UserError(f"there are no images in {path}; give a folder with one sub-folder of images for each class")
-    return _without_contradictions([_in_utf_8(sample) for sample in samples])
+    return join_rows([_in_utf_8(sample) for sample in samples])
 
 
 def _in_utf_8(sample):
     """Bytes that are not UTF-8, as names of folders and JSON may hold them, are written as escapes: \\udcff."""
-    texts = {name: getattr(sample, name) for name in ("label", "caption", "group")}
-    return replace(sample, **{k: t and t.encode("utf-8", "backslashreplace").decode() for k, t in texts.items()})
+
+    def escaped(text):
+        return text and text.encode("utf-8", "backslashreplace").decode()
+
+    captions = tuple(map(escaped, sample.captions))
+    return replace(sample, label=escaped(sample.label), captions=captions, group=escaped(sample.group))
 
 
-def _without_contradictions(samples):
-    """An image that is there more than once, also by a link or another spelling of its path, gets one path. Raises
-    UserError where it has two labels, groups or splits."""
-    first = {}
-    for i, sample in enumerate(samples):
+def join_rows(samples):
+    """An image that is there more than once, also by a link or another spelling of its path, becomes one Sample with
+    all its captions. Raises UserError where it has two labels, groups, splits or matches."""
+    first, joined, path = {}, {}, {}  # (device, inode) → image; image → Sample; every path → image
+    for sample in samples:
+        for caption in sample.captions:
+            if len(caption) > LONGEST_CAPTION:
+                raise UserError(
+                    f"the caption of {sample.image} has more than {LONGEST_CAPTION:,} characters; shorten it"
+                )
         try:
             status = os.stat(sample.image)
-            same = first.setdefault((status.st_dev, status.st_ino), sample)
+            image = first.setdefault((status.st_dev, status.st_ino), sample.image)
         except OSError:  # no such file; whoever opens it will say so
-            continue
-        if sample.caption and len(sample.caption) > LONGEST_CAPTION:
-            raise UserError(f"the caption of {sample.image} has more than {LONGEST_CAPTION:,} characters; shorten it")
-        for name in ("label", "group", "split"):
-            values = [getattr(s, name) for s in (same, sample)]
-            if values[0] != values[1]:
-                where = "" if same.image == sample.image else f" (as {sample.image})"
-                raise UserError(
-                    f"{same.image} has the {name}s {values[0]!r} and {values[1]!r}{where}; keep one of them"
-                )
-        samples[i] = replace(sample, image=same.image)
-    return samples
+            image = sample.image
+        path[sample.image] = image
+        known = joined.setdefault(image, replace(sample, image=image))
+        for name in ("label", "group", "split", "match"):
+            values = [getattr(s, name) for s in (known, sample)]
+            if values[0] != values[1] and not (name == "match" and None in values):
+                where = "" if image == sample.image else f" (as {sample.image})"
+                names = "matches" if name == "match" else f"{name}s"
+                values = " and ".join(repr(value and str(value)) for value in values)
+                raise UserError(f"{image} has the {names} {values}{where}; keep one of them")
+        captions = tuple(dict.fromkeys(known.captions + sample.captions))
+        joined[image] = replace(known, captions=captions, match=known.match or sample.match)
+    return [replace(s, match=s.match and path.get(s.match, s.match)) for s in joined.values()]
 
 
 def _read_folder(folder):
@@ -137,7 +149,7 @@ def _name(text):
 
 def _read_manifest(file):
     samples, missing = [], []
-    for place, row in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, _decode(file)):
+    for place, row in (_csv_rows if file.suffix.lower() == ".csv" else _jsonl_rows)(file, read_text(file)):
         if len(samples) == MOST_ROWS:
             raise UserError(f"{file} has more than {MOST_ROWS:,} rows; split it")
         if "image" not in row:
@@ -150,17 +162,17 @@ def _read_manifest(file):
                 raise UserError(
                     f"{file}, {place}: the {column} is {text!r}, as programs write a missing value; fill it in"
                 )
-        image = file.parent / row["image"]
-        if not os.path.isfile(image):
-            image = file.parent / row["image"].replace("\\", "/")  # written on Windows
-        if not os.path.isfile(image):
-            missing.append(f"{row['image']} ({place})")
+        image, match = (_place(file, row.get(column)) for column in ("image", "match"))
+        for path, column in ((image, "image"), (match, "match")):
+            if path and not os.path.isfile(path):
+                missing.append(f"{row[column]} ({place})")
         split = row.get("split")
         if split is not None and split.lower() not in SPLITS:
             raise UserError(f"{file}, {place}: the split {split!r} is unknown; use train, val or test")
         label = _name(row["label"]) if "label" in row else None
         group = " ".join(_name(row["group"]).split()) if "group" in row else None  # of one patient, however typed
-        samples.append(Sample(image, label, row.get("caption"), group, split and SPLITS[split.lower()]))
+        captions = (row["caption"],) if "caption" in row else ()
+        samples.append(Sample(image, label, captions, group, split and SPLITS[split.lower()], match))
     if missing:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         raise UserError(
@@ -170,7 +182,16 @@ def _read_manifest(file):
     return samples
 
 
-def _decode(file):
+def _place(file, path):
+    """A path in a manifest, or None → where it is."""
+    if path is None:
+        return None
+    found = file.parent / path
+    return found if os.path.isfile(found) else file.parent / path.replace("\\", "/")  # written on Windows
+
+
+def read_text(file):
+    """→ the text of a file in UTF-8 or UTF-16."""
     content = read_bytes(file)
     try:
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # Excel's "Unicode text"
@@ -258,8 +279,9 @@ def _order(seed, epoch, count):
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def training_batches(samples, prompts, settings, steps, size, workers):
+def training_batches(samples, prompts, settings, steps, size, workers, frame="crop"):
     """Yield the batch of each step, a list of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
+    frame: of images.FRAMES.
 
     All randomness comes from seed, epoch and index, so that a step has the same batch whether or not training was
     interrupted before it, and whatever the number of workers.
@@ -271,7 +293,8 @@ def training_batches(samples, prompts, settings, steps, size, workers):
         epoch, index = epoch_and_index
         rng = random.Random(f"{settings.seed} {epoch} {index}")
         sample = samples[index]
-        label, caption = sample.label, sample.caption
+        label, captions = sample.label, sample.captions
+        caption = rng.choice(captions) if len(captions) > 1 else captions[0] if captions else None
         # Left and right are classes: the mirror image of a left ear is a right one. Where it has no class, don't flip.
         mirrored = (label, caption)
         if settings.flip == "swap":
@@ -280,7 +303,7 @@ def training_batches(samples, prompts, settings, steps, size, workers):
         flip = settings.flip != "none" and understood and rng.random() < 0.5
         if flip:
             label, caption = mirrored
-        pixels = augment(load_image(sample.image), size, rng, flip)
+        pixels = augment(load_image(sample.image), size, rng, flip, frame)
         return pixels, label, rng.choice(prompts[label]), caption
 
     def batch(step):
@@ -304,7 +327,7 @@ def main():
         manifest.write_text("\n".join(rows), encoding="utf-8")
         samples = load_dataset(manifest)
         for sample in samples:
-            print(f"{sample.image.name}: {sample.label}, caption {sample.caption!r}")
+            print(f"{sample.image.name}: {sample.label}, captions {sample.captions}")
         for step, batch in enumerate(training_batches(samples, prompts, settings, range(4), size=32, workers=0)):
             print(f"step {step}:", "; ".join(f"{label}, {caption!r}" for _, label, _, caption in batch))
 

@@ -1,6 +1,7 @@
 """The folders of the ENTRep challenge, as its participants' public code shows them.
 
-train/imgs/*.png      train/cls.json  {"a.png": "nose-right", …}   train/t2i.json  {"description": "image.png", …}
+train/imgs/*.png      train/cls.json  {"a.png": "nose-right", …}   train/t2i.json  {"description": "a.png", …}
+                      train/i2i.json  {"query.png": "match.png", …}
 public/images/*.png   public/data.json  [{"Path", "Classification", "Description", "DescriptionEN"}, …]
 test/imgs/*.png       without labels in the challenge; they may be added as a cls.json or data.json
 """
@@ -15,31 +16,33 @@ from prompts import ENTREP_PROMPTS
 
 
 def read_entrep(root):
-    """The ENTRep layout → rows (image file, class name, caption or None, split or None), else [].
+    """The ENTRep layout → rows, each {"image", "label", "captions", "split", "match"} as `data.Sample` has them, else
+    [].
 
-    train/cls.json {image: class name or number} with train/t2i.json {description: image} beside it, and
-    public/data.json, a list of {"Path", "Classification", "DescriptionEN", "Description"}; each lies above a folder
-    named imgs or images. Image names are matched without regard to case, at any depth below the JSON file's folder.
-    Images without labels are left out. Where those in the folder test have some, their split is test, and that of the
-    others train; else there is no split. Raises UserError.
+    train/cls.json {image: class name or number}, with train/t2i.json {description: image} and train/i2i.json {image:
+    the image that a search by it should find} beside it; and public/data.json, a list of {"Path", "Classification",
+    "DescriptionEN", "Description"}, of which the latter is the former in Vietnamese and counts only by itself. Each
+    lies above a folder named imgs or images. Image names are matched without regard to case, at any depth below the
+    JSON file's folder. Images without labels are left out. Where those in the folder test have some, their split is
+    test, and that of the others train; else there is no split. Raises UserError.
     """
     found = []
     for index in find_files(root, lambda name: name in ("cls.json", "data.json")):
         files = find_images(index.parent)
         if not any(file.parent.name.lower() in ("imgs", "images") for file in files):
             continue  # another program's file that is called the same
-        by_name = {}
-        for file in files:
-            by_name.setdefault(file.name.lower(), []).append(file)
-        for image, label, caption in _entries(index):
-            part = "test" if "test" in index.relative_to(root).parts else "train"
-            found.append((_find(image, by_name, index), _class(label, image, index), caption, part))
-    tested = any(part == "test" for *_, part in found)
-    return [(file, label, caption, part if tested else None) for file, label, caption, part in found]
+        by_name = names_of(files)
+        i2i = index.with_name("i2i.json")
+        split = "test" if "test" in index.relative_to(root).parts else "train"
+        for image, label, captions, match in _entries(index):
+            row = {"image": find_name(image, by_name, index), "label": _class(label, image, index), "split": split}
+            found.append(row | {"captions": captions, "match": match and find_name(match, by_name, i2i)})
+    tested = any(row["split"] == "test" for row in found)
+    return found if tested else [row | {"split": None} for row in found]
 
 
 def _entries(index):
-    """cls.json or data.json → [(image's name, label, caption or None)]."""
+    """cls.json or data.json → [(image's name, label, captions, name of the match or None)]."""
     entries = read_json(index)
     if index.name == "data.json":
         rows = entries if isinstance(entries, list) else [None]
@@ -49,15 +52,29 @@ def _entries(index):
                 raise UserError(
                     f'{index} should be a list of {{"Path": …, "Classification": …, "Description": …}}; correct it'
                 )
-        return [(r["Path"], r.get("Classification"), r.get("DescriptionEN") or r.get("Description")) for r in rows]
-    t2i = index.with_name("t2i.json")
-    described = read_json(t2i) if t2i.is_file() else {}
+        captions = [row.get("DescriptionEN") or row.get("Description") for row in rows]
+        return [
+            (row["Path"], row.get("Classification"), (caption,) if caption else (), None)
+            for row, caption in zip(rows, captions, strict=True)
+        ]
     if not isinstance(entries, dict):
         raise UserError(f'{index} should be a JSON object like {{"a.png": "throat", …}}; correct it')
-    if not (isinstance(described, dict) and all(isinstance(image, str) for image in described.values())):
-        raise UserError(f'{t2i} should be a JSON object like {{"a polyp": "a.png", …}}; correct it')
-    captions = {_plain(image): text for text, image in described.items()}
-    return [(image, label, captions.get(_plain(image))) for image, label in entries.items()]
+    captions = {}
+    for text, image in _texts(index.with_name("t2i.json"), '{"a polyp": "a.png", …}').items():
+        captions.setdefault(_plain(image), []).append(text)
+    matches = {_plain(a): b for a, b in _texts(index.with_name("i2i.json"), '{"a.png": "b.png", …}').items()}
+    return [
+        (image, label, tuple(captions.get(_plain(image), ())), matches.get(_plain(image)))
+        for image, label in entries.items()
+    ]
+
+
+def _texts(file, example):
+    """→ a JSON object of texts; {} where there is no such file."""
+    found = read_json(file) if file.is_file() else {}
+    if not (isinstance(found, dict) and all(isinstance(value, str) for value in found.values())):
+        raise UserError(f"{file} should be a JSON object like {example}; correct it")
+    return found
 
 
 def _plain(image):
@@ -65,8 +82,16 @@ def _plain(image):
     return PureWindowsPath(image).name.lower()
 
 
-def _find(image, by_name, index):
-    """→ the image's file. A path says which, where two folders have files of the same name."""
+def names_of(files):
+    """Image files → {name as it is compared: files of that name}."""
+    by_name = {}
+    for file in files:
+        by_name.setdefault(_plain(file.name), []).append(file)
+    return by_name
+
+
+def find_name(image, by_name, index):
+    """→ the file of an image that `index` names. A path says which, where two folders have files of the same name."""
     files = by_name.get(_plain(image), [])
     parts = PurePosixPath(PureWindowsPath(image).as_posix().lower()).parts
     if len(files) > 1:
@@ -96,8 +121,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder, "challenge"), count=8)
-        for file, label, caption, split in read_entrep(folder):
-            print(f"{split:5} {file.relative_to(folder)!s:38} {label:11} {caption}")
+        for row in read_entrep(folder):
+            print(f"{row['split']:5} {row['image'].relative_to(folder)!s:38} {row['label']:11} {row['captions']}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ images, from another hospital, say; their classes should be named as the run's a
     image→image      each image queries the images of other groups; those of its class are relevant
     text→image       each prompt queries all images; those of its class are relevant
     … same caption   the same two searches, but only images with exactly the query's caption are relevant
+    … its match      only the one image that the data set names as the query's match is relevant (ENTRep's i2i.json)
 """
 
 import re
@@ -15,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from build import encode_images, encode_texts
+from build import encode_images, encode_texts, load_run
 from cli import Parser, add_run_flags, find_device, print_json, report_bad
 from data import load_dataset
 from errors import UserError, run_script, shown
@@ -33,7 +34,7 @@ from metrics import (
     retrieval_metrics,
 )
 from prompts import NO_WORD
-from runs import find_run, load_run
+from runs import find_run
 from split_file import read_split, trained_images
 from splits import scored_split
 from trust import find_data, find_samples, follow_images
@@ -41,8 +42,9 @@ from trust import find_data, find_samples, follow_images
 
 def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None):
     """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
-    "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…"; if asked for,
-    "intervals": {figure: [low, high]} of accuracy, macro-F1, and each search's R@1 and MRR (metrics.py).
+    "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…", with matches
+    "i2i_match_…"; if asked for, "intervals": {figure: [low, high]} of accuracy, macro-F1, and each search's R@1 and MRR
+    (metrics.py).
 
     A figure without a query is None: image→image search needs two groups of a class. Images that cannot be read are put
     into `bad`, {file: why}, and left out; without it they are a UserError.
@@ -66,18 +68,36 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, i
     same_group = groups[:, None] == groups
     texts, text_labels = zip(*((p, i) for i, name in enumerate(classes) for p in metadata.prompts[name]), strict=True)
     prompts = encode_texts(model, tokenizer, texts, device)
-    results |= _search("i2i", images, labels, images, labels, same_group)
-    results |= _search("t2i", prompts, torch.tensor(text_labels), images, labels)
+    results |= _search("i2i", images, images, labels[:, None] == labels, same_group)
+    results |= _search("t2i", prompts, images, torch.tensor(text_labels)[:, None] == labels)
     if intervals and groups.max() + 1 >= FEWEST_GROUPS:
         results["intervals"] = _intervals(images, labels, predictions, groups, prompts, torch.tensor(text_labels))
-    captions = list(dict.fromkeys(sample.caption for sample in samples if sample.caption))
+    captions = list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
     if captions:
-        # An image without a caption shares none: it is numbered as itself.
-        numbers = _numbers([*captions, *(s.caption or s.image for s in samples)])
-        queries, own = numbers[: len(captions)], numbers[len(captions) :]
-        results |= _search("i2i_caption", images, own, images, own, same_group)
-        results |= _search("t2i_caption", encode_texts(model, tokenizer, captions, device), queries, images, own)
-    return results
+        texts = encode_texts(model, tokenizer, captions, device)
+        results |= _caption_searches(samples, captions, images, texts, same_group)
+    return results | _match_search(samples, images)
+
+
+def _caption_searches(samples, captions, images, texts, same_group):
+    """What the samples are, (N, D), and all that is said of them, (C, D) → the figures of both searches."""
+    number, has = {caption: i for i, caption in enumerate(captions)}, torch.zeros(len(samples), len(captions))
+    for i, sample in enumerate(samples):
+        has[i, [number[caption] for caption in sample.captions]] = 1
+    found = _search("i2i_caption", images, images, has @ has.T > 0, same_group)
+    return found | _search("t2i_caption", texts, images, has.T > 0)
+
+
+def _match_search(samples, images):
+    """The figures of the search for each image's match, {} where there are none. Only the image itself is left out: its
+    match may well be of its group."""
+    place = {sample.image: i for i, sample in enumerate(samples)}
+    pairs = [(i, place[sample.match]) for i, sample in enumerate(samples) if sample.match in place]
+    if not pairs:
+        return {}
+    queries, matches = torch.tensor(pairs).T[:, :, None]  # (Q, 1) each
+    everyone = torch.arange(len(samples))
+    return _search("i2i_match", images[queries[:, 0]], images, matches == everyone, queries == everyone)
 
 
 def selection_score(results):
@@ -92,8 +112,8 @@ def _numbers(names):
     return torch.tensor([number[name] for name in names])
 
 
-def _search(name, queries, query_labels, gallery, gallery_labels, exclude=None):
-    ranks = first_relevant_ranks(queries, gallery, query_labels[:, None] == gallery_labels, exclude)
+def _search(name, queries, gallery, relevant, exclude=None):
+    ranks = first_relevant_ranks(queries, gallery, relevant, exclude)
     return {f"{name}_{key}": value for key, value in retrieval_metrics(ranks).items()}
 
 
@@ -119,6 +139,7 @@ SEARCHES = {
     "t2i": "text→image",
     "i2i_caption": "image→image, same caption",
     "t2i_caption": "text→image, same caption",
+    "i2i_match": "image→image, its match",
 }
 
 

@@ -88,9 +88,11 @@ class MultiLevelFusion(nn.Module):
             raise ValueError(f"levels {list(levels)} are not all between 1 and {last}, the number of blocks")
         self.mode = mode
         self.levels = sorted({*levels, last})
-        self.norms = nn.ModuleList(nn.LayerNorm(visual.ln_post.normalized_shape, visual.ln_post.eps) for _ in self.levels)
+        last_norm = visual.ln_post
+        shape, eps = last_norm.normalized_shape, last_norm.eps
+        self.norms = nn.ModuleList(nn.LayerNorm(shape, eps) for _ in self.levels)
         for norm in self.norms:
-            norm.load_state_dict(visual.ln_post.state_dict())
+            norm.load_state_dict(last_norm.state_dict())
         width, embed_dim, earlier = visual.proj.in_features, visual.proj.out_features, len(self.levels) - 1
         if mode == "concat":
             self.mix = nn.Linear(width * earlier, embed_dim, bias=False)  # V
@@ -206,7 +208,7 @@ def main():
     """What each level of the small CLIP knows about phantoms, and what a fusion learns to take from it."""
     import numpy as np
 
-    from checkpoint import load_base
+    from build import load_base
     from images import prefetch, preprocess
     from phantom import CLASSES, draw
     from prompts import ENTREP_PROMPTS

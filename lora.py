@@ -116,6 +116,15 @@ def unmerge_lora(model):
         layer.unmerge()
 
 
+def fold_lora(model):
+    """Merge every adapter of `model` for good: plain layers take the adapted ones' places."""
+    merge_lora(model)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, LoRALinear):
+                setattr(parent, name, layer.base)
+
+
 def main():
     torch.manual_seed(0)
     clip = CLIP(CLIPConfig()).initialize().eval()

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from images import Preprocessing
+from images import OPENAI, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CLIPConfig:
     text_head_width: int = 64
     activation: str = "quick_gelu"  # or "gelu"
     norm_eps: float = 1e-5
-    preprocessing: Preprocessing = Preprocessing()  # of the images
+    preprocessing: Preprocessing = OPENAI  # of the images
 
 
 class Attention(nn.Module):
@@ -230,7 +230,7 @@ def main():
     """Zero-shot classification with the small CLIP of weights/phantom: an image and a prompt of each class."""
     import numpy as np
 
-    from checkpoint import load_base
+    from build import load_base
     from images import preprocess
     from phantom import draw
     from prompts import ENTREP_PROMPTS

@@ -80,7 +80,7 @@ def contact_sheet(results, text, image):
         draw.text((x + 10, y + TILE + 22), f"{result['rank']}", WHITE, font(18), anchor="lm")
         draw.text((x + TILE - 10, y + TILE + 22), f"{result['score']:.3f}", WHITE, font(16), anchor="rm")
         name += "?" * (result["class"] is None)  # no label, but a prediction
-        words = fit(draw, result["caption"] or name, font(15), TILE - 20, lines=2)
+        words = fit(draw, "; ".join(result["captions"]) or name, font(15), TILE - 20, lines=2)
         draw.text((x + 10, y + TILE + 40), words, colour, font(15))
     return sheet
 

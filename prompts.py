@@ -120,7 +120,7 @@ def main():
     import torch
     import torch.nn.functional as F
 
-    from checkpoint import load_base
+    from build import load_base
     from images import preprocess
     from phantom import phantom
 

@@ -7,7 +7,7 @@ import time
 import torch
 from PIL import Image
 
-from build import encode_batches, encode_images, encode_texts, too_long
+from build import encode_batches, encode_images, encode_texts, load_run, too_long
 from checkpoint import fingerprint, read_safetensors, write_safetensors
 from cli import Parser, add_run_flags, file_path, find_device, positive_int, print_json, report_bad, typed
 from errors import UserError, reason, run_script, shown
@@ -15,7 +15,7 @@ from files import sha256, whole
 from images import IMAGE_SUFFIXES, load_image
 from kernels import slerp, top_k
 from pictures import contact_sheet
-from runs import find_run, load_run
+from runs import find_run
 from trust import find_samples
 
 
@@ -27,7 +27,7 @@ def index_images(run, model, files, device, batch_size, workers):
     status change differs from the index. The last of these changes with any change of the file, and programs cannot set
     it back. The index also holds the model's fingerprint: another model makes it anew.
     """
-    index, key = run / "index.safetensors", fingerprint(model)
+    index, key = run / "index.safetensors", fingerprint(model.state_dict())
     hashes, known = _read_index(index, key, model.clip.config.embed_dim)  # {stamp: content's hash}, {hash: embedding}
     stamps, bad, before = {}, {}, len(hashes)
     for file in files:
@@ -108,8 +108,8 @@ def embed_query(model, tokenizer, text, image, mix, device):
 
 
 def search(model, classes, samples, gallery, query, top):
-    """The images most similar to the query → a dict each, best first: rank, score (the cosine), image, class and
-    caption (None where unknown), predicted class."""
+    """The images most similar to the query → a dict each, best first: rank, score (the cosine), image, class (None
+    where unknown), predicted class, captions."""
     scores, indices = top_k(query, gallery, top)
     found = gallery[indices[0]].to(next(model.parameters()).device)
     with torch.inference_mode():
@@ -118,7 +118,7 @@ def search(model, classes, samples, gallery, query, top):
     for score, i, p in zip(scores[0].tolist(), indices[0].tolist(), predicted, strict=True):
         sample = samples[i]
         result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
-        results.append(result | {"class": sample.label, "predicted": classes[p], "caption": sample.caption})
+        results.append(result | {"class": sample.label, "predicted": classes[p], "captions": sample.captions})
     return results
 
 

@@ -1,4 +1,4 @@
-"""A run: the folder of a fine-tuned model, and how the model is put together again from it.
+"""A run: the folder of a fine-tuned model.
 
     runs/<name>/adapter.safetensors   only what was trained: LoRA, fusion, head, scale (or everything, with --full);
                                       settings, classes, prompts and base model as JSON in the file's metadata
@@ -24,17 +24,12 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from build import Metadata, assemble, fingerprint_of_merges, load_trained
-from checkpoint import fingerprint, infer_config, load_base, read_safetensors, write_safetensors
+from build import Metadata, load_trained
+from checkpoint import read_safetensors, write_safetensors
 from data import load_dataset
 from errors import UserError
 from files import locked, make_folder, parse_json, read_bytes, read_json, write_text
-from lora import merge_lora
-from model import CLIP
 from split_file import hash_of, read_split, write_split
-from tokenizer import Tokenizer
 from trust import find_base, find_data, follow_images
 
 RUNS = Path("runs")
@@ -234,43 +229,3 @@ def keep(run, metadata, state, optimization, best=False):
         write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
     state.scaler = optimization.scaler.state_dict()
     write_safetensors(run / "last.safetensors", optimization.tensors(), {**asdict(metadata), "state": asdict(state)})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trained models
-
-
-def load_run(run, device, weights=None, merge=True):
-    """A run's folder → (FusedCLIP for inference, Tokenizer, Metadata).
-
-    weights: where the base model is, should it have moved; merge: add the adapters into the weights, which is faster
-    but rounds. Raises UserError.
-    """
-    file = run / "adapter.safetensors"
-    tensors, stored = read_safetensors(file)
-    metadata = Metadata.read(stored, file)
-    settings, base = metadata.settings, metadata.base
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
-    if ranks and ranks != {settings.lora_rank}:  # before memory is taken for what the settings say
-        raise UserError(f"{file} has adapters of another rank than its settings say; train again")
-    if base["weights"] == "scratch":
-        own = {name.removeprefix("clip."): tensor for name, tensor in tensors.items()}
-        with torch.device("meta"):  # shapes without memory: the numbers come from the file
-            clip = CLIP(infer_config(own, [], file))
-        expected = {name: tensor.shape for name, tensor in clip.state_dict().items()}
-        if any(name not in own or own[name].shape != shape for name, shape in expected.items()):
-            raise UserError(f"{file} does not fit its own settings; train again")
-        clip.load_state_dict({name: own[name] for name in expected}, assign=True)
-        tokenizer = Tokenizer(run)
-        if fingerprint_of_merges(tokenizer) != base["fingerprint"]:
-            raise UserError(f"{run / 'merges.txt'} is not what {file.name} was trained with; restore it")
-    else:
-        weights = find_base(weights, base["weights"], run)
-        clip, tokenizer = load_base(weights)
-        if fingerprint(clip) != base["fingerprint"]:
-            raise UserError(f"{run} was trained on other base weights than {weights}; say where they are by --weights")
-    model = assemble(clip, settings, len(metadata.classes))
-    load_trained(model, tensors, file)
-    if merge:
-        merge_lora(model)
-    return model.to(device).eval(), tokenizer, metadata

@@ -9,10 +9,11 @@ from argparse import Namespace
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from checkpoint import base_folder
+from checkpoint import NAMES, base_folder
 from cli import typed
 from errors import UserError
 from fusion import MODES
+from images import FRAMES
 from lora import PROJECTIONS, TOWERS
 
 # Peak learning rate and steps by what is trained: adapters on good features, all of a good model, all of a new one;
@@ -35,8 +36,8 @@ class Settings:
     data: str = setting(str, "folder with a sub-folder for each class, manifest, ENTRep folder, or phantom", "phantom")
     weights: str = setting(
         str,
-        "base model: clip-vit-b-16, phantom, scratch (a new small model), or a path to CLIP weights; "
-        "default: phantom for --data phantom, else clip-vit-b-16",
+        f"base model: {', '.join(NAMES)}, scratch (a new small model), or a path to CLIP weights, to a PEFT adapter or "
+        "to a run, which is trained further; default: phantom for --data phantom, else clip-vit-b-16",
     )
     split: str = setting(
         str,
@@ -83,6 +84,14 @@ class Settings:
         "texts as they are, which is wrong",
         "swap",
         choices=("swap", "none", "naive"),
+    )
+
+    frame: str | None = setting(
+        str,
+        "how a picture becomes a square. crop: its middle; pad: all of it, with bars; squash: all of it, out of "
+        "proportion; field: the scope's bright field, padded; default: as the base model was trained, mostly crop",
+        None,
+        choices=FRAMES,
     )
 
     # From here on the method; `add_settings` puts these flags in a group of their own.

@@ -4,16 +4,22 @@ import csv
 import hashlib
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from data import COLUMNS, Sample
+from data import COLUMNS, Sample, join_rows
 from errors import UserError, reason
 from files import read_bytes, write_text
 
 
 def write_split(file, splits):
     """Keep a split as a manifest, which `load_dataset` reads."""
-    rows = [[s.image.resolve(), s.label, s.caption, s.group, name] for name, part in splits.items() for s in part]
+    rows = [
+        [s.image.resolve(), s.label, caption, s.group, name, s.match and s.match.resolve()]
+        for name, part in splits.items()
+        for s in part
+        for caption in s.captions or [None]
+    ]
     table = io.StringIO(newline="")
     csv.writer(table).writerows([COLUMNS, *rows])
     write_text(file, table.getvalue())
@@ -26,16 +32,22 @@ def read_split(run, found=None):
     splits, by_name = {name: [] for name in ("train", "val", "test")}, {}
     for sample in found or ():
         by_name.setdefault(sample.image.name, []).append(sample)
-    for image, label, *texts, split in _kept_rows(run):
-        image = Path(image)
-        same = [sample.image for sample in by_name.get(image.name, ()) if sample.label == label]
-        image = max(same, key=lambda other, parts=image.parts: _common_end(other.parts, parts), default=image)
+    found_at = {}  # old path → path
+    for image, label, caption, group, split, match in _kept_rows(run):
+        old = Path(image)
+        same = [sample.image for sample in by_name.get(old.name, ()) if sample.label == label]
+        image = max(same, key=lambda other, parts=old.parts: _common_end(other.parts, parts), default=old)
+        found_at[old] = image
         if not os.path.isfile(image):
             raise UserError(
                 f"{image} is missing, which {run / 'split.csv'} names; if the images have moved, say where they are by "
                 "train.py --resume --data, or correct the paths there"
             )
-        splits[split].append(Sample(image, label, *(text or None for text in texts), split))
+        captions = (caption,) if caption else ()
+        splits[split].append(Sample(image, label, captions, group or None, split, Path(match) if match else None))
+    for name, part in splits.items():
+        part = [replace(s, match=s.match and found_at.get(s.match, s.match)) for s in part]
+        splits[name] = join_rows(part)
     return splits
 
 
@@ -45,12 +57,12 @@ def _common_end(parts, others):
 
 
 def _kept_rows(run):
-    """→ the rows of a run's split.csv: image, label, caption, group, split."""
+    """→ the rows of a run's split.csv: image, label, caption, group, split, match."""
     kept = run / "split.csv"
     try:
         text = read_bytes(kept).decode("utf-8", "surrogateescape")
         header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if header != list(COLUMNS) or not all(len(row) == 5 and row[4] in ("train", "val", "test") for row in rows):
+        if header != list(COLUMNS) or not all(len(row) == 6 and row[4] in ("train", "val", "test") for row in rows):
             raise ValueError("its columns or splits are others")
         return rows
     except (ValueError, csv.Error) as problem:
@@ -62,7 +74,7 @@ def hash_of(splits):
     digest = hashlib.sha256()
     for name, part in splits.items():
         for s in part:
-            row = (name, s.image.name, s.image.stat().st_size, s.label, s.caption, s.group)
+            row = (name, s.image.name, s.image.stat().st_size, s.label, s.captions, s.group)
             digest.update(repr(row).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 

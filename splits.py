@@ -31,7 +31,8 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicat
     a class, which are always trained on. Class counts are evened out, the largest units first.
 
     duplicates: lists of images that show the same picture (`images.find_duplicates`), which are kept on one side. Where
-    the manifest has them on several, the later ones of train, val and test are left out.
+    the manifest has them on several, the later ones of train, val and test are left out. So are an image and its match,
+    unless the manifest says otherwise: a search of the held-out images should be able to find it.
 
     Raises UserError where the labels do not allow training.
     """
@@ -54,7 +55,8 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicat
             raise UserError("--fold makes its own splits; use --split group or --split random with it")
         splits = _split_by_manifest(samples, seed, fraction, duplicates)
     else:
-        unit = _units(samples, how == "group", duplicates)
+        matches = [(sample.image, sample.match) for sample in samples if sample.match]
+        unit = _units(samples, how == "group", [*duplicates, *matches])
         if fold:
             splits = _split_by_fold(samples, unit, seed, fold)
         else:

@@ -93,7 +93,8 @@ def joint_loss(model, tokenizer, items, metadata, device):
     tokens = tokens[:, : tokens.argmax(1).max() + 1].to(device)
 
     with autocast(device):
-        z = model.encode_image(normalize(torch.from_numpy(np.stack(pixels)).to(device))).float()  # (B, D)
+        images = normalize(torch.from_numpy(np.stack(pixels)).to(device), model.clip.config.preprocessing)
+        z = model.encode_image(images).float()  # (B, D)
         texts = model.encode_text(tokens).float() if weight else None  # (prompts + distinct captions, D)
     targets = torch.tensor([number[label] for label in labels], device=device)  # (B,) class numbers
     mixed = slerp_mix(z, targets, metadata.settings.slerp)  # (B, D)
@@ -116,8 +117,9 @@ def train_round(model, tokenizer, samples, metadata, steps, optimization, device
     # Dropout and slerp: every round on its own. The factor keeps the rounds of one seed apart from those of another.
     torch.manual_seed(1_000_003 * metadata.settings.seed + steps.start)
     model.train()
-    progress, losses, size = Progress(len(steps), unit="steps"), [], model.clip.config.image_size
-    batches = training_batches(samples, metadata.prompts, metadata.settings, steps, size, workers)
+    progress, losses, config = Progress(len(steps), unit="steps"), [], model.clip.config
+    size, how = config.image_size, config.preprocessing
+    batches = training_batches(samples, metadata.prompts, metadata.settings, steps, size, workers, how.frame)
     for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
         loss = joint_loss(model, tokenizer, items, metadata, device)
         optimization.step(loss, step)
@@ -198,7 +200,7 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
 
 
 def _captions(splits):
-    return [sample.caption for sample in splits["train"] if sample.caption]
+    return [caption for sample in splits["train"] for caption in sample.captions]
 
 
 def begin(args, device):

@@ -4,7 +4,7 @@ import contextlib
 import shlex
 from pathlib import Path
 
-from checkpoint import WEIGHTS, base_folder
+from checkpoint import NAMES, WEIGHTS, base_folder
 from data import load_dataset
 from errors import UserError, reason
 from files import read_json, write_json
@@ -85,7 +85,7 @@ def find_samples(data, metadata, run):
 
 def find_base(weights, base, run):
     """--weights, by default those that the run was trained on."""
-    if weights is None and base not in ("phantom", "clip-vit-b-16", "scratch"):
+    if weights is None and base not in (*NAMES, "scratch"):
         return follow(base, "--weights", run)
     if weights is not None and base_folder(weights) == Path(weights):
         remember(weights)

@@ -128,8 +128,8 @@ def tiny_shape(N, M, dtype):
     """A block that holds the matrix; tl.dot takes no side below 16."""
     block_n, block_m = (max(16, triton.next_power_of_2(size)) for size in (N, M))
     entries = block_n * block_m
-    # triton_tiles.py explains "tf32x3"; for a large block it takes more registers than there are. Beside 16-bit features
-    # K, which is float32, is multiplied with TF32's 10 binary digits.
+    # triton_tiles.py explains "tf32x3"; for a large block it takes more registers than there are. Beside 16-bit
+    # features K, which is float32, is multiplied with TF32's 10 binary digits.
     precision = "tf32" if dtype != torch.float32 else "tf32x3" if entries <= 1024 else "ieee"
     depth = max(16, 32768 // max(512, entries))  # the larger the block, the fewer features at a time fit beside it
     options = {"num_warps": 4, "num_stages": 1} if entries <= 1024 else {"num_warps": 8, "num_stages": 2}

@@ -19,8 +19,10 @@ import train
 import trust
 from checkpoint import save_clip
 from errors import run_script
+from files import write_json
 from model import CLIP, CLIPConfig
 from tokenizer import Tokenizer, learn_merges, save_merges
+from weights.export import to_transformers
 
 torch.set_num_threads(1)  # threads that wait for each other are many times slower than one where cores are shared
 
@@ -128,6 +130,8 @@ def base(tmp_path_factory):
     sizes = {"image_size": 32, "patch_size": 16, "vision_width": 64, "text_width": 64, "embed_dim": 64}
     clip = CLIP(CLIPConfig(**sizes, vision_layers=4, text_layers=2, vocab_size=len(Tokenizer(folder)))).initialize()
     save_clip(clip, folder / "model.safetensors")
+    for name, content in zip(("config.json", "preprocessor_config.json"), to_transformers(clip.config), strict=True):
+        write_json(folder / name, content)
     return folder
 
 
@@ -161,8 +165,8 @@ def trained(pictures, base, tmp_path_factory):
 
 
 def mistake(result):
-    """Exit status 2, nothing but one line on standard error that begins with `error: `."""
+    """Exit status 2, nothing but one line on standard error, beside notes, that begins with `error: `."""
     status, _, err = result
-    lines = err.splitlines()
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]

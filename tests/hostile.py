@@ -24,10 +24,10 @@ import evaluate
 import retrieve
 import train
 import trust
-from checkpoint import load_base
+from build import load_base
 from data import load_dataset
 from errors import run_script
-from images import augment, load_image, look, resize_and_crop
+from images import augment, load_image, look, to_square
 from pictures import thumbnail
 from prompts import class_prompts
 from settings import Settings
@@ -257,7 +257,7 @@ class Hostile:
 
         def read():
             image = load_image(file)
-            resize_and_crop(image, 32)
+            to_square(image, 32)
             augment(image, 32, random.Random(0), True)
             look(image)
             thumbnail(file)

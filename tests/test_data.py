@@ -98,9 +98,31 @@ def manifest(folder, text, name="manifest.csv", encoding="utf-8"):
 def test_csv_rows_become_samples(tmp_path):
     file = manifest(tmp_path, "image,label,caption,group,split\na.png,polyp,a polyp,p1,train\nsub/b.png,cyst,,,\n")
     assert load_dataset(file) == [
-        Sample(tmp_path / "a.png", "polyp", "a polyp", "p1", "train"),
+        Sample(tmp_path / "a.png", "polyp", ("a polyp",), "p1", "train"),
         Sample(tmp_path / "sub/b.png", "cyst"),
     ]
+
+
+def test_rows_of_one_image_are_one_sample_with_all_captions_and_a_match(tmp_path):
+    rows = ["image,label,caption,match", "a.png,x,red,sub/b.png", "sub/b.png,y,,", "a.png,x,large,", "./a.png,x,red,"]
+    assert load_dataset(manifest(tmp_path, "\n".join(rows))) == [
+        Sample(tmp_path / "a.png", "x", ("red", "large"), match=tmp_path / "sub/b.png"),
+        Sample(tmp_path / "sub/b.png", "y"),
+    ]
+    for extra, says in (
+        ("a.png,x,,a.png", "has the matches"),
+        ("a.png,x,,c.png", "c.png (line 6)"),
+        ("a.png,z,,", "labels"),
+    ):
+        assert says in user_error(load_dataset, manifest(tmp_path, "\n".join([*rows, extra])))
+
+
+def test_a_step_draws_one_of_the_captions(pictures):
+    image = load_dataset(pictures / "manifest.csv")[0].image
+    settings = SimpleNamespace(seed=0, batch_size=1, flip="swap")
+    samples = [Sample(image, "x", ("on the left", "on the right", "red"))]
+    drawn = [caption for ((_, _, _, caption),) in training_batches(samples, {"x": ["p"]}, settings, range(60), 32, 0)]
+    assert set(drawn) == {"on the left", "on the right", "red"} and min(map(drawn.count, set(drawn))) > 9
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
@@ -108,7 +130,7 @@ def test_csv_rows_become_samples(tmp_path):
 def test_csv_may_come_from_excel(tmp_path, encoding, line_end):
     text = line_end.join(["Caption, LABEL ,Image,remark", '" polyp, ""large""",Dây thanh, a.png ,x', ""])
     file = manifest(tmp_path, text, "Export.CSV", encoding)
-    assert load_dataset(file) == [Sample(tmp_path / "a.png", "Dây thanh", 'polyp, "large"')]
+    assert load_dataset(file) == [Sample(tmp_path / "a.png", "Dây thanh", ('polyp, "large"',))]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
@@ -117,7 +139,7 @@ def test_a_caption_may_have_commas_quotes_and_lines(tmp_path, line_end):
     touch(tmp_path, "a.png")
     with open(tmp_path / "m.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["caption", "image"], [caption, "a.png"]])
-    assert load_dataset(tmp_path / "m.csv") == [Sample(tmp_path / "a.png", caption=caption)]
+    assert load_dataset(tmp_path / "m.csv") == [Sample(tmp_path / "a.png", captions=(caption,))]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -126,7 +148,7 @@ def test_json_lines_become_samples(tmp_path, encoding):
     text = json.dumps(rows[0], ensure_ascii=False) + "\n\n" + json.dumps(rows[1])
     file = manifest(tmp_path, text, "m.jsonl", encoding)
     assert load_dataset(file) == [
-        Sample(tmp_path / "a.png", "0", "tai\nphải"),
+        Sample(tmp_path / "a.png", "0", ("tai\nphải",)),
         Sample(tmp_path / "sub/b.png", "x"),
     ]
 
@@ -200,7 +222,7 @@ def test_a_manifest_that_is_not_utf_8_is_named(tmp_path, name):
 def test_csv_may_be_separated_as_in_other_countries(tmp_path, delimiter):
     rows = ("image", "label", "caption"), ("a.png", "x", "red, large"), ("", "", "")
     text = "\n".join(delimiter.join(row) for row in rows)
-    assert load_dataset(manifest(tmp_path, text)) == [Sample(tmp_path / "a.png", "x", "red, large")]
+    assert load_dataset(manifest(tmp_path, text)) == [Sample(tmp_path / "a.png", "x", ("red, large",))]
 
 
 def test_a_manifest_may_come_from_windows(tmp_path):
@@ -335,7 +357,7 @@ def test_the_larynx_images_are_read_from_folder_and_manifest():
     assert len(folders) == len(rows) == 139
     assert {s.image.resolve() for s in folders} == {s.image.resolve() for s in rows}
     assert len({s.label for s in folders}) == len({s.label for s in rows}) == 4
-    assert all(s.caption and s.group for s in rows)
+    assert all(s.captions and s.group for s in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +366,7 @@ def test_the_larynx_images_are_read_from_folder_and_manifest():
 
 def test_every_epoch_shows_each_image_once_and_a_step_has_its_batch_wherever_one_begins(pictures):
     samples = load_dataset(pictures / "manifest.csv")
-    samples = [Sample(s.image, label=f"{i}", caption=None) for i, s in enumerate(samples)]
+    samples = [Sample(s.image, label=f"{i}") for i, s in enumerate(samples)]
     prompts = {sample.label: ["a prompt", "another"] for sample in samples}
     settings = SimpleNamespace(seed=0, batch_size=4, flip="none")
 

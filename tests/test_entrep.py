@@ -17,7 +17,7 @@ def entrep(folder):
         Image.new("RGB", (8, 8)).save(folder / name)
     files = {
         "train/train/cls.json": {"a.png": "nose-right", "b.png": 6},
-        "train/train/t2i.json": {"a polyp on the right": "a.png"},
+        "train/train/t2i.json": {"a polyp on the right": "a.png", "a polyp": "A.png"},
         "train/train/i2i.json": {"a.png": "b.png"},
         "public/data.json": [
             {"Path": "_image07.png", "Classification": "ear-left", "Type": "ear", "Description": "tai trái",
@@ -32,10 +32,12 @@ def entrep(folder):
 
 def test_entrep_is_read_with_its_quirks(tmp_path):
     samples = load_dataset(entrep(tmp_path))
-    assert [(s.image.relative_to(tmp_path).as_posix(), s.label, s.caption) for s in samples] == [
-        ("public/images/_Image07.png", "ear-left", "left ear"),
-        ("train/train/imgs/a.png", "nose-right", "a polyp on the right"),
-        ("train/train/imgs/B.png", "throat", None),
+    assert [
+        (s.image.relative_to(tmp_path).as_posix(), s.label, s.captions, s.match and s.match.name) for s in samples
+    ] == [
+        ("public/images/_Image07.png", "ear-left", ("left ear",), None),
+        ("train/train/imgs/a.png", "nose-right", ("a polyp on the right", "a polyp"), "B.png"),
+        ("train/train/imgs/B.png", "throat", (), None),
     ]
 
 
@@ -49,8 +51,8 @@ def test_captions_are_found_whatever_the_case_and_path_of_the_name(tmp_path):
     folder = entrep(tmp_path)
     t2i = {"a polyp on the right": "imgs/A.PNG", "a tonsil": "imgs\\b.png"}
     (folder / "train/train/t2i.json").write_text(json.dumps(t2i))
-    captions = {sample.image.name: sample.caption for sample in load_dataset(folder)}
-    assert captions == {"a.png": "a polyp on the right", "B.png": "a tonsil", "_Image07.png": "left ear"}
+    captions = {sample.image.name: sample.captions for sample in load_dataset(folder)}
+    assert captions == {"a.png": ("a polyp on the right",), "B.png": ("a tonsil",), "_Image07.png": ("left ear",)}
 
 
 def test_of_two_files_of_a_name_the_path_says_which(tmp_path):
@@ -85,6 +87,8 @@ def test_another_programs_data_json_does_no_harm(tmp_path):
         ("public/data.json", [{"Path": "_image07.png"}], "unknown label None"),
         ("public/data.json", {"Path": "_image07.png"}, "should be a list of"),
         ("train/train/t2i.json", {"a polyp": ["a.png"]}, "t2i.json should be a JSON object like"),
+        ("train/train/i2i.json", ["a.png"], "i2i.json should be a JSON object like"),
+        ("train/train/i2i.json", {"a.png": "c.png"}, "i2i.json names c.png, which is not in"),
     ],
 )
 def test_a_broken_entrep_is_refused(tmp_path, name, content, says):

@@ -10,7 +10,6 @@ from conftest import mistake
 from shapes import SHAPES
 
 import build
-import checkpoint
 import classify
 import evaluate
 import train
@@ -21,7 +20,7 @@ from metrics import first_relevant_ranks, interval, resample, retrieval_metrics
 
 def test_images_of_the_same_group_are_not_searched(pictures, base):
     samples = load_dataset(pictures / "manifest.csv")
-    model, tokenizer = checkpoint.load_base(str(base))
+    model, tokenizer = build.load_base(str(base))
     model = FusedCLIP(model, len(SHAPES), mode="none").eval()
     metadata = SimpleNamespace(classes=sorted(SHAPES), prompts={name: [name] for name in SHAPES})
 

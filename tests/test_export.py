@@ -3,8 +3,7 @@
 import torch
 from conftest import mistake
 
-import checkpoint
-import runs
+import build
 import train
 from checkpoint import load_clip
 from weights import export
@@ -16,8 +15,8 @@ def test_an_exported_run_is_a_base_model(script, pictures, base, tmp_path, train
         assert script(train, *arguments, *extra, "--run", tmp_path / run)[0] == 0
         status, out, err = script(export, tmp_path / run, tmp_path / f"{run}-base")
         assert status == 0 and "bytes" in out, err
-        model, tokenizer, _ = runs.load_run(tmp_path / run, torch.device("cpu"))
-        exported, its_tokenizer = checkpoint.load_base(str(tmp_path / f"{run}-base"))
+        model, tokenizer, _ = build.load_run(tmp_path / run, torch.device("cpu"))
+        exported, its_tokenizer = build.load_base(str(tmp_path / f"{run}-base"))
         pixels, texts = torch.randn(2, 3, 32, 32), ["a red shape", "left"]
         with torch.no_grad():
             torch.testing.assert_close(exported.encode_image(pixels), model.encode_image(pixels), rtol=0.01, atol=0.01)

@@ -26,8 +26,8 @@ from images import (
     look_at,
     prefetch,
     preprocess,
-    resize_and_crop,
     to_rgb,
+    to_square,
 )
 from phantom import CLASSES
 from phantom import draw as draw_phantom
@@ -64,7 +64,7 @@ SIZES += [(300, 10), (500, 223), (1000, 300)]
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_pixels_are_those_of_transformers(width, height, size):
     image = noise(width, height)
-    assert_same_pixels(resize_and_crop(image, size), image, size)
+    assert_same_pixels(to_square(image, size), image, size)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -72,7 +72,7 @@ def test_pixels_are_those_of_transformers(width, height, size):
 def test_pixels_are_those_of_transformers_for_any_size(width, height, size):
     image = noise(width, height, seed=width * 301 + height)
     if max(image.size) <= 20 * min(image.size):  # a strip would be stretched to hundreds of megabytes
-        assert_same_pixels(resize_and_crop(image, size), image, size)
+        assert_same_pixels(to_square(image, size), image, size)
 
 
 def in_mode(mode):
@@ -99,7 +99,7 @@ MODES += ["I", "I;16", "F"]
 def test_pixels_of_every_mode_are_those_of_transformers(mode):
     image = in_mode(mode)
     assert image.mode == mode.split(",")[0]
-    assert_same_pixels(resize_and_crop(image), image)
+    assert_same_pixels(to_square(image), image)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P, transparent"])
@@ -131,7 +131,7 @@ def test_pixels_of_real_images_are_those_of_transformers():
     assert len(files) == 139
     for file in files[::9]:
         image = load_image(file)
-        assert_same_pixels(resize_and_crop(image), their_load_image(str(file)))
+        assert_same_pixels(to_square(image), their_load_image(str(file)))
         torch.testing.assert_close(preprocess(image), theirs(their_load_image(str(file))), rtol=0, atol=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_images_are_turned_upright(tmp_path, orientation, suffix):
     stored.save(file, exif=exif)
     image = load_image(file)
     assert image.size == ((60, 40) if orientation < 5 else (40, 60))
-    assert_same_pixels(resize_and_crop(image, 32), their_load_image(str(file)), 32)
+    assert_same_pixels(to_square(image, 32), their_load_image(str(file)), 32)
     if suffix == "png" and orientation == 6:  # the stored picture's top is the right-hand side: turn it clockwise
         np.testing.assert_array_equal(np.asarray(image), np.rot90(np.asarray(stored), k=-1))
 
@@ -160,7 +160,7 @@ def test_image_files_of_every_format_are_read_as_by_transformers(tmp_path, mode,
     image = image.convert("RGB") if suffix in ("jpg", "webp") and mode == "P" else image
     image.save(tmp_path / f"image.{suffix}")
     file = str(tmp_path / f"image.{suffix}")
-    assert_same_pixels(resize_and_crop(load_image(file), 64), their_load_image(file), 64)
+    assert_same_pixels(to_square(load_image(file), 64), their_load_image(file), 64)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -169,7 +169,7 @@ def test_16_bit_grey_keeps_its_contrast(tmp_path, suffix):
     Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
     image = load_image(tmp_path / f"ramp.{suffix}")
     np.testing.assert_array_equal(np.asarray(image), ramp // 256)
-    assert_same_pixels(resize_and_crop(image), Image.fromarray((ramp // 256).astype(np.uint8)))
+    assert_same_pixels(to_square(image), Image.fromarray((ramp // 256).astype(np.uint8)))
 
 
 def encoded(tmp_path, suffix):
@@ -240,7 +240,7 @@ def test_images_of_numbers_with_a_point_are_shown_as_meant(tmp_path, top, expect
 
 @pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1), (20_000, 3), (1, 1)])
 def test_a_thread_of_an_image_takes_no_memory(size):
-    pixels = resize_and_crop(Image.new("RGB", size, "red"), 224)
+    pixels = to_square(Image.new("RGB", size, "red"), 224)
     assert pixels.shape == (224, 224, 3) and (pixels == (255, 0, 0)).all()
     assert thumbnail_of(Image.new("RGB", size, "red")).size == (224, 224)
 
@@ -351,9 +351,9 @@ def test_images_are_the_same_whatever_the_workers(workers, tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(8)]
     for i, file in enumerate(files):
         noise(60, 50, seed=i).save(file)
-    batches = list(prefetch(lambda file: resize_and_crop(load_image(file), 32), [files[:3], files[3:]], workers))
+    batches = list(prefetch(lambda file: to_square(load_image(file), 32), [files[:3], files[3:]], workers))
     pixels = np.stack([pixels for batch in batches for pixels in batch])
-    np.testing.assert_array_equal(pixels, [resize_and_crop(noise(60, 50, seed=i), 32) for i in range(8)])
+    np.testing.assert_array_equal(pixels, [to_square(noise(60, 50, seed=i), 32) for i in range(8)])
 
 
 @WORKERS

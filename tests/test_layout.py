@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
     {"runs", "build", "optimization", "settings", "pictures", "cli"},
-    {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint"},
+    {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
     {"model", "tokenizer", "prompts", "images", "sides", "kernels", "metrics", "phantom"},
     {"files", "errors"},
 ]

@@ -55,7 +55,7 @@ def test_a_data_set_is_read_as_it_was_written(tmp_path):
     for sample in samples:
         number = int("".join(filter(str.isdigit, sample.image.stem)))
         _, label, caption = phantom(number + TEST_START * (sample.split == "test"), "B", seed=3)
-        assert sample.label == label and sample.caption in (caption, None)
+        assert sample.label == label and sample.captions in ((caption,), ())
     pairs = json.loads((tmp_path / "set/train/i2i.json").read_text())
     assert all((tmp_path / "set/train/imgs" / name).is_file() for pair in pairs.items() for name in pair)
     with open(tmp_path / "set/test/cls.csv", newline="") as file:

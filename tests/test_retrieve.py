@@ -12,7 +12,6 @@ from shapes import SHAPES, draw
 
 import build
 import retrieve
-import runs
 import train
 from checkpoint import read_safetensors
 from pictures import contact_sheet
@@ -33,7 +32,7 @@ def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictu
         )
     assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 17  # not the example itself
 
-    model, tokenizer, _ = runs.load_run(trained, torch.device("cpu"))
+    model, tokenizer, _ = build.load_run(trained, torch.device("cpu"))
     text = build.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
     images = build.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
     assert torch.cosine_similarity(text, images).tolist() == pytest.approx(
@@ -113,5 +112,5 @@ def test_what_cannot_be_searched_or_drawn_is_said(script, trained, pictures, tmp
     assert "--mix needs both" in mistake(script(retrieve, *flags, "--text", "red", "--mix", 1))
     assert "room for 200 images" in mistake(script(retrieve, *flags, "--text", "red", "--top", 201, "--sheet", "a.png"))
     assert "--data: it is empty" in mistake(script(retrieve, "--run", trained, "--data", "", "--text", "red"))
-    long = [{"rank": 1, "score": 0.5, "image": image, "class": None, "predicted": "x", "caption": "word " * 20_000}]
+    long = [{"rank": 1, "score": 0.5, "image": image, "class": None, "predicted": "x", "captions": ["word " * 20_000]}]
     assert contact_sheet(long, "word " * 20_000, image).width > 0

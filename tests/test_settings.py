@@ -52,7 +52,7 @@ def test_what_is_of_another_type_or_out_of_range_is_named_by_its_flag(name, valu
 def test_settings_survive_json():
     settings = Settings(**GIVEN, levels=(2, 4), full=True, lora_dropout=0.5)
     classes = {"classes": ["a", "b"], "prompts": {"a": ["p"], "b": ["q"]}}
-    base = {"weights": "phantom", "fingerprint": "0"}
+    base = {"weights": "phantom", "fingerprint": "0", "config": {}}
     stored = json.loads(json.dumps({"settings": asdict(settings), **classes, "base": base}))
     assert Metadata.read(stored, "file").settings == settings
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,8 @@ def test_a_split_may_hold_out_another_fraction():
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 4), min_size=4, max_size=40), st.integers(0, 9))
 def test_an_image_with_several_captions_stays_on_one_side(captions, seed):
-    samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], f"caption {j}") for i, n in enumerate(captions) for j in range(n)]
+    several = [(i, f"caption {j}") for i, n in enumerate(captions) for j in range(n)]
+    samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], (caption,)) for i, caption in several]
     splits = split_dataset(samples, "random", seed=seed)
     assert_covering(splits, samples)
     assert not {s.image for s in splits["train"]} & {s.image for s in splits["val"]}
@@ -308,7 +310,8 @@ def test_a_manifests_test_images_that_are_copies_of_training_images_are_left_out
 
 
 def test_a_split_is_kept_as_a_manifest(tmp_path):
-    rows = [Sample(tmp_path / f"{i}.png", "ab"[i % 2], "a, b" if i % 3 else None, f"g{i // 4}") for i in range(20)]
+    rows = [Sample(tmp_path / f"{i}.png", "ab"[i % 2], ("a, b", "c")[: i % 3], f"g{i // 4}") for i in range(20)]
+    rows[3] = replace(rows[3], match=rows[2].image)
     for row in rows:
         row.image.write_bytes(b"")
     splits = split_dataset(rows, "group")
@@ -316,7 +319,7 @@ def test_a_split_is_kept_as_a_manifest(tmp_path):
     for again, name in itertools.product(
         (split_dataset(load_dataset(tmp_path / "split.csv")), read_split(tmp_path)), ("train", "val", "test")
     ):
-        assert [(s.image, s.label, s.caption, s.group) for s in again[name]] == [
-            (s.image, s.label, s.caption, s.group) for s in splits[name]
+        assert [(s.image, s.label, s.captions, s.group, s.match) for s in again[name]] == [
+            (s.image, s.label, s.captions, s.group, s.match) for s in splits[name]
         ]
     assert trained_images(tmp_path) == {s.image for s in splits["train"]} and trained_images(tmp_path / "no") == set()

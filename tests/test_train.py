@@ -10,11 +10,11 @@ from conftest import mistake
 from safetensors.torch import load_file, save_file
 from shapes import SHAPES
 
+import build
 import checkpoint
 import classify
 import phantom
 import retrieve
-import runs
 import train
 
 
@@ -35,8 +35,8 @@ def test_a_run_holds_what_the_design_says(trained):
 
 
 def test_only_the_adapters_and_new_parts_change(trained, base, pictures):
-    before, _ = checkpoint.load_base(str(base))
-    model, _, _ = runs.load_run(trained, torch.device("cpu"))
+    before, _ = build.load_base(str(base))
+    model, _, _ = build.load_run(trained, torch.device("cpu"))
     for name, tensor in before.state_dict().items():
         after = model.clip.state_dict()[name.replace("_proj.", "_proj.base.")]
         adapted = "attn" in name and name.endswith("weight")  # merged for inference

@@ -24,10 +24,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ablate import mean_and_interval
-from checkpoint import load_base
+from build import load_base
 from data import class_names, load_dataset
 from fusion import default_levels
-from images import augment, load_image, normalize, prefetch, resize_and_crop
+from images import augment, load_image, normalize, prefetch, to_square
 from kernels import slerp
 from metrics import first_relevant_ranks
 from prompts import class_prompts
@@ -100,7 +100,7 @@ def encode(clip, samples, prompts, views):
         image = load_image(samples[index].image)
         label = samples[index].label
         if not views:
-            return [(resize_and_crop(image, size), label)]
+            return [(to_square(image, size), label)]
         rng, found = random.Random(index), []
         for view in range(views):
             other = mirror_label(label, prompts)
