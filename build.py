@@ -308,8 +308,8 @@ def encode_texts(model, tokenizer, texts, device):
 def describe_cut(tokenizer, texts, context_length):
     """→ a line about the texts that are too long, or nothing where there are none."""
     cut = too_long(tokenizer, dict.fromkeys(texts), context_length)
-    what = counted(len(cut), "prompt or caption")
-    return f"note: too long for the model, so that the end is cut: {what}; {shown(cut[0][:60])}…\n" if cut else ""
+    what = f" and {counted(len(cut) - 1, 'other')}" if len(cut) > 1 else ""
+    return f"note: too long for the model, so that its end is cut: {shown(cut[0][:300])}{what}\n" if cut else ""
 
 
 def too_long(tokenizer, texts, context_length):

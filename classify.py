@@ -6,7 +6,17 @@ import sys
 import torch
 
 from build import encode_images, load_run
-from cli import Parser, add_run_flags, file_path, find_device, print_json, report_bad
+from cli import (
+    Parser,
+    add_query_flags,
+    add_run_flags,
+    check_query_flags,
+    file_path,
+    find_device,
+    print_json,
+    report_bad,
+)
+from entrep import class_numbers, find_queries, read_queries, zip_submission
 from errors import UserError, run_script, shown
 from images import find_images
 from runs import find_run
@@ -38,9 +48,12 @@ def main():
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="print CSV, with the probability of every class")
+    add_query_flags(parser, "cls.csv gives {image: class number}, for the images of --data")
     args = parser.parse_args()
+    check_query_flags(args, "images", "csv")
     if args.images and args.data:
         raise UserError("--data has no effect where images are named; leave one of them out")
+    queries = read_queries(args.queries) if args.queries else []
     files = []
     for path in args.images:
         found = find_images(path) if path.is_dir() else [path] if path.is_file() else []
@@ -52,10 +65,18 @@ def main():
     run = find_run(args.run)
     model, _, metadata = load_run(run, device, args.weights)
     files = list(dict.fromkeys(files or (s.image for s in find_samples(args.data, metadata, run))))
+    asked = dict(zip(queries, find_queries(queries, files, args.queries), strict=True))  # {query: file}
+    files = list(dict.fromkeys(asked.values())) or files
     results, bad = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
     print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
-    if args.json:
+    if queries:
+        number, found = class_numbers(metadata.classes), {r["image"]: r["class"] for r in results}
+        answers = {query: number[found[str(file)]] for query, file in asked.items() if str(file) in found}
+        print_json(answers)
+        if args.zip:
+            zip_submission(answers, args.queries.stem, args.zip)
+    elif args.json:
         print_json(results)
     elif args.csv:
         name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps

@@ -113,6 +113,23 @@ def find_device(name):
         raise UserError(f"there is no device {name!r} on this machine; try --device cpu") from None
 
 
+def add_query_flags(parser, what):
+    """Submissions to the ENTRep challenge: --queries and --zip."""
+    parser.add_argument(
+        "--queries", type=file_path, help=f"print a submission to the ENTRep challenge, as JSON: {what}"
+    )
+    parser.add_argument("--zip", type=file_path, help="with --queries: write the submission into this zip archive, too")
+
+
+def check_query_flags(args, *others):
+    """Raise UserError where --zip or another flag has no effect. others: those that do not go with --queries."""
+    if args.zip and not args.queries:
+        raise UserError("--zip has no effect without --queries; leave it out")
+    idle = [name for name in others if args.queries and getattr(args, name)]
+    if idle:
+        raise UserError(f"--{idle[0]} has no effect with --queries; leave one of them out")
+
+
 def print_json(value):
     """In UTF-8, but for what a terminal would obey."""
     text = json.dumps(value, indent=2, ensure_ascii=False)

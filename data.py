@@ -27,7 +27,7 @@ from PIL import Image
 
 from entrep import read_entrep
 from errors import UserError, reason, shown
-from files import parse_json, read_bytes
+from files import parse_json, read_text
 from images import augment, find_images, load_image, prefetch
 from phantom import default_dataset
 from sides import mirror_classes, mirror_text
@@ -188,17 +188,6 @@ def _place(file, path):
         return None
     found = file.parent / path
     return found if os.path.isfile(found) else file.parent / path.replace("\\", "/")  # written on Windows
-
-
-def read_text(file):
-    """→ the text of a file in UTF-8 or UTF-16."""
-    content = read_bytes(file)
-    try:
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # Excel's "Unicode text"
-            return content.decode("utf-16")
-        return content.decode("utf-8-sig", "surrogateescape")  # the name of a file may have any bytes
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is damaged UTF-16; save it as UTF-8") from None
 
 
 def _csv_rows(file, text):

@@ -3,16 +3,22 @@
 train/imgs/*.png      train/cls.json  {"a.png": "nose-right", …}   train/t2i.json  {"description": "a.png", …}
                       train/i2i.json  {"query.png": "match.png", …}
 public/images/*.png   public/data.json  [{"Path", "Classification", "Description", "DescriptionEN"}, …]
-test/imgs/*.png       without labels in the challenge; they may be added as a cls.json or data.json
+test/imgs/*.png       test/cls.csv, test/i2i.csv: names of images; test/t2i.csv: descriptions; a query a line. There are
+                      no labels in the challenge; they may be added as a cls.json or data.json
 """
 
+import json
+import re
 import tempfile
+import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from errors import UserError
-from files import read_json
-from images import find_files, find_images
+from files import read_json, read_text, whole
+from images import IMAGE_SUFFIXES, find_files, find_images
 from prompts import ENTREP_PROMPTS
+
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def read_entrep(root):
@@ -97,7 +103,7 @@ def find_name(image, by_name, index):
     if len(files) > 1:
         files = [f for f in files if tuple(part.lower() for part in f.parts)[-len(parts) :] == parts]
     if not files:
-        raise UserError(f"{index} names {image}, which is not in {index.parent}; put it there, or delete its entry")
+        raise UserError(f"{index} names {image}, which is not there; put it in its folder, or delete the entry")
     if len(files) > 1:
         raise UserError(
             f"{index} names {image}, of which there are two: {files[0]} and {files[1]}; write its path, or rename one"
@@ -113,6 +119,43 @@ def _class(label, image, index):
     if name is None:
         raise UserError(f"{index} gives {image} the unknown label {label!r}; correct it to one of {', '.join(names)}")
     return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Submissions: a JSON object for each task, {query: answer}, in the order of the queries
+
+
+def read_queries(file):
+    """test/cls.csv, i2i.csv or t2i.csv → their lines. There is no heading, and a line is a query, whatever commas and
+    quotation marks it has; only one that is in quotation marks as a whole, as CSV has it, is without them."""
+    lines = [line.removesuffix("\r") for line in read_text(file).split("\n")]
+    queries = [line[1:-1].replace('""', '"') if QUOTED.fullmatch(line) else line for line in lines if line.strip()]
+    if not queries:
+        raise UserError(f"there are no queries in {file}; give the challenge's cls.csv, i2i.csv or t2i.csv")
+    return queries
+
+
+def name_images(queries):
+    """Whether queries are names of images, and no descriptions."""
+    return all(Path(query.strip()).suffix.lower() in IMAGE_SUFFIXES for query in queries)
+
+
+def find_queries(queries, files, file):
+    """Names of images → their files. Raises UserError for one that is not among the files."""
+    by_name = names_of(files)
+    return [find_name(query.strip(), by_name, file) for query in queries]
+
+
+def class_numbers(classes):
+    """→ {class: number}, as the challenge numbers its classes; any others in the order of the names."""
+    known = list(ENTREP_PROMPTS)
+    return {name: known.index(name) if set(classes) <= set(known) else i for i, name in enumerate(sorted(classes))}
+
+
+def zip_submission(answers, name, file):
+    """Write a zip archive with one JSON file in it."""
+    with whole(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{name}.json", json.dumps(answers, indent=2))
 
 
 def main():

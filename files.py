@@ -127,6 +127,17 @@ def sha256(file):
     return digest.hexdigest()
 
 
+def read_text(file):
+    """→ the text of a file in UTF-8 or UTF-16."""
+    content = read_bytes(file)
+    try:
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):  # Excel's "Unicode text"
+            return content.decode("utf-16")
+        return content.decode("utf-8-sig", "surrogateescape")  # the name of a file may have any bytes
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is damaged UTF-16; save it as UTF-8") from None
+
+
 def read_json(file):
     """JSON file → Python values, as strictly as `parse_json`. Raises UserError."""
     content = read_bytes(file)

@@ -1,15 +1,30 @@
 """Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
 
+import json
 import os
 import sys
 import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from build import encode_batches, encode_images, encode_texts, load_run, too_long
-from checkpoint import fingerprint, read_safetensors, write_safetensors
-from cli import Parser, add_run_flags, file_path, find_device, positive_int, print_json, report_bad, typed
+from build import describe_cut, encode_batches, encode_images, encode_texts, load_run
+from checkpoint import fingerprint, read_safetensors, save_tensors, write_safetensors
+from cli import (
+    Parser,
+    add_query_flags,
+    add_run_flags,
+    check_query_flags,
+    file_path,
+    find_device,
+    positive_int,
+    print_json,
+    report_bad,
+    typed,
+)
+from entrep import find_queries, name_images, read_queries, zip_submission
 from errors import UserError, reason, run_script, shown
 from files import sha256, whole
 from images import IMAGE_SUFFIXES, load_image
@@ -122,12 +137,52 @@ def search(model, classes, samples, gallery, query, top):
     return results
 
 
+def answer_queries(queries, file, model, tokenizer, files, gallery, device):
+    """The lines of the challenge's i2i.csv or t2i.csv → {line: name of the most similar image}. files, gallery: the
+    images and their (N, D) embeddings. An image is never its own answer."""
+    if name_images(queries):
+        if len(files) < 2:
+            raise UserError("there is no other image to find; name more of them by --data")
+        place = {image: i for i, image in enumerate(files)}
+        own = torch.tensor([place[image] for image in find_queries(queries, files, file)])
+        _, found = top_k(gallery[own], gallery, 2)
+        found = torch.where(found[:, 0] == own, found[:, 1], found[:, 0])
+    else:
+        print(describe_cut(tokenizer, queries, model.clip.config.context_length), end="", file=sys.stderr)
+        found = top_k(encode_texts(model, tokenizer, queries, device), gallery, 1)[1][:, 0]
+    return {query: files[i].name for query, i in zip(queries, found.tolist(), strict=True)}
+
+
+def write_embeddings(file, files, gallery):
+    """Write the images' paths and unit embeddings: .npz with the arrays `paths` and `embeddings`, or .safetensors with
+    the paths in its metadata, as a JSON list."""
+    paths, embeddings = [str(path.resolve()) for path in files], F.normalize(gallery, dim=1)
+    if file.suffix.lower() == ".npz":
+        with whole(file) as temporary, open(temporary, "wb") as out:
+            np.savez(out, paths=np.array(paths), embeddings=embeddings.numpy())
+    else:
+        save_tensors({"embeddings": embeddings}, file, {"paths": json.dumps(paths)})
+
+
 def print_table(results):
     names = [shown(r["class"] or f"{r['predicted']}?") for r in results]  # no label, but a prediction
     width = max(map(len, ["class", *names]))
     print(f"rank  score  {'class':{width}}  image")
     for r, name in zip(results, names, strict=True):
         print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {shown(r['image'])}")
+
+
+def show(results, args):
+    """Print the results, and draw them if asked for."""
+    if args.sheet:
+        with whole(args.sheet) as temporary:
+            contact_sheet(results, args.text, args.image).save(
+                temporary, Image.registered_extensions()[args.sheet.suffix.lower()]
+            )
+    if args.json:
+        print_json(results)
+    else:
+        print_table(results)
 
 
 def parse_arguments():
@@ -141,10 +196,22 @@ def parse_arguments():
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sheet", type=file_path, help="write a contact sheet of the results to this image file")
+    parser.add_argument(
+        "--embeddings", type=file_path, help="write all images' paths and unit embeddings to this .npz or .safetensors"
+    )
+    add_query_flags(parser, "i2i.csv or t2i.csv gives {query: image}, from the images of --data")
     args = parser.parse_args()
+    check_query_flags(args, "text", "image", "sheet")
     args.text = args.text and args.text.strip()
-    if not args.text and not args.image:
+    args.searches = bool(args.text or args.image)
+    if not (args.searches or args.queries or args.embeddings):
         parser.error("say what to look for with --text, --image or both")
+    if args.sheet and not args.searches:
+        raise UserError("--sheet needs --text or --image; leave it out, or add one")
+    if args.embeddings and args.embeddings.suffix.lower() not in (".npz", ".safetensors"):
+        raise UserError(
+            f"--embeddings cannot write {args.embeddings}; give it a name that ends in .npz or .safetensors"
+        )
     if args.mix is not None and not (args.text and args.image):
         raise UserError("--mix needs both --text and --image; leave it out, or add the other")
     args.mix = 0.5 if args.mix is None else args.mix
@@ -165,26 +232,31 @@ def main():
     args = parse_arguments()
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights)
-    if args.text and too_long(tokenizer, [args.text], model.clip.config.context_length):
-        print("note: the text is longer than the model can read; its end is cut", file=sys.stderr)
+    queries = read_queries(args.queries) if args.queries else []
+    if args.text:
+        print(describe_cut(tokenizer, [args.text], model.clip.config.context_length), end="", file=sys.stderr)
     samples = {sample.image: sample for sample in find_samples(args.data, metadata, run)}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
         if not samples:
             raise UserError("there is nothing to search but the query image itself; name other images by --data")
     files, gallery, bad = index_images(run, model, list(samples), device, args.batch_size, args.workers)
-    query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
-    results = search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top)
-    print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
-    if args.sheet:
-        with whole(args.sheet) as temporary:
-            contact_sheet(results, args.text, args.image).save(
-                temporary, Image.registered_extensions()[args.sheet.suffix.lower()]
-            )
-    if args.json:
-        print_json(results)
-    else:
-        print_table(results)
+    if args.embeddings:
+        write_embeddings(args.embeddings, files, gallery)
+        print(f"{len(files):,} embeddings in {shown(args.embeddings)}", file=sys.stderr)
+    if queries:
+        if name_images(queries):
+            asked = zip(queries, find_queries(queries, samples, args.queries), strict=True)
+            queries = [query for query, file in asked if file not in bad]
+        answers = answer_queries(queries, args.queries, model, tokenizer, files, gallery, device)
+        print_json(answers)
+        if args.zip:
+            zip_submission(answers, args.queries.stem, args.zip)
+    if args.searches:
+        query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
+        results = search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top)
+        print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
+        show(results, args)
     report_bad(bad)
 
 
