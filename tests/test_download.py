@@ -12,7 +12,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
+import checkpoint
 from errors import UserError
 
 spec = importlib.util.spec_from_file_location("download", Path(__file__).parents[1] / "weights" / "download.py")
@@ -51,20 +54,21 @@ def server(monkeypatch):
                 self.send_response(302)
                 self.send_header("Location", "/target")
                 return self.end_headers()
+            content = state.bodies.get(self.path.rsplit("/", 1)[1], CONTENT)
             start = int(asked.split("=")[1].rstrip("-")) if asked and state.ranges else 0
-            if asked and start >= len(CONTENT):
+            if asked and start >= len(content):
                 return self.send_error(416)
             self.send_response(206 if asked and state.ranges else 200)
-            self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
-            self.wfile.write(CONTENT[start : start + state.breaks.pop(0)] if state.breaks else CONTENT[start:])
+            self.wfile.write(content[start : start + state.breaks.pop(0)] if state.breaks else content[start:])
 
         def log_message(self, *args):
             pass
 
     state = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.log, state.breaks, state.ranges, state.odd = [], [], True, b""
-    state.drip = False
+    state.drip, state.bodies = False, {}
     state.url = f"http://127.0.0.1:{state.server_port}"
     threading.Thread(target=state.serve_forever, daemon=True).start()
     yield state
@@ -119,16 +123,39 @@ def test_a_missing_file_is_said_at_once(server, tmp_path):
 
 
 def test_the_script_asks_for_the_known_files_and_downloads_once(server, tmp_path, monkeypatch, capsys):
-    revisions = {name: (revision, DIGEST) for name, (revision, _) in download.FILES.items()}
-    monkeypatch.setattr(download, "FILES", revisions)
-    monkeypatch.setattr("sys.argv", ["download.py", "--endpoint", server.url, "--folder", str(tmp_path / "clip")])
+    known = {name: (*place, digest and DIGEST) for name, (*place, digest) in download.MODELS["clip-vit-b-16"].items()}
+    monkeypatch.setitem(download.MODELS, "clip-vit-b-16", known)
+    monkeypatch.setattr(sys, "argv", ["download.py", "--endpoint", server.url, "--folder", str(tmp_path / "clip")])
+    server.bodies = {"config.json": b"{}", "preprocessor_config.json": b"{}"}
     download.main()
     download.main()
     assert [path for path, _ in server.log] == [
         "/openai/clip-vit-base-patch16/resolve/refs%2Fpr%2F10/model.safetensors",
+        "/openai/clip-vit-base-patch16/resolve/main/config.json",
+        "/openai/clip-vit-base-patch16/resolve/main/preprocessor_config.json",
         "/openai/clip-vit-base-patch16/resolve/main/merges.txt",
     ]
-    assert capsys.readouterr().out.count("as expected") == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and lines[0].endswith("SHA-256 as expected")
+    assert lines[1].endswith(f"SHA-256 {hashlib.sha256(b'{}').hexdigest()}")  # nobody knows it beforehand
+
+
+@pytest.mark.parametrize("name", [name for name in download.MODELS if name != "clip-vit-b-16"])
+def test_each_model_has_weights_configuration_and_merges(name, server, tmp_path, monkeypatch, capsys):
+    files = download.MODELS[name]
+    assert name in checkpoint.NAMES and set(download.MODELS) == set(checkpoint.NAMES[1:])
+    known = {file: (*place, DIGEST if file == "merges.txt" else None) for file, (*place, _) in files.items()}
+    monkeypatch.setitem(download.MODELS, name, known)
+    arguments = ["download.py", "--model", name, "--endpoint", server.url, "--folder", str(tmp_path / "clip")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    for wrong in ("open_clip_model.safetensors", "open_clip_config.json"):  # an error page, say
+        with pytest.raises(UserError, match=f"{wrong} is no .(safetensors|json) file"):
+            download.main()
+        assert not (tmp_path / "clip" / wrong).exists()
+        server.bodies |= {wrong: save({"a": torch.ones(2)}) if wrong.endswith("safetensors") else b"{}"}
+    download.main()
+    names = ["merges.txt", "open_clip_config.json", "open_clip_model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "clip").iterdir() if file.suffix) == names
 
 
 @pytest.mark.parametrize(
@@ -201,7 +228,8 @@ def test_an_endless_file_is_cut_short(server, tmp_path, monkeypatch):
 def test_two_downloads_at_once_fetch_once(server, tmp_path):
     root = Path(__file__).parents[1]
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import download as d\n"
-    code += f"d.FILES = {{'a': ('main', {DIGEST!r}), 'b': ('main', {DIGEST!r})}}\nd.run_script(d.main)"
+    files = dict.fromkeys("ab", ("repository", "main", DIGEST))
+    code += f"d.MODELS['clip-vit-b-16'] = {files}\nd.run_script(d.main)"
     flags = [root / "weights", "--endpoint", server.url, "--folder", tmp_path / "clip"]
     command = list(map(str, [sys.executable, "-c", code, *flags]))
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]

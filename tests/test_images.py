@@ -12,14 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from test_data import LARYNX, needs_larynx, user_error
 from transformers.image_utils import load_image as their_load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import build
+import train
 from errors import UserError
 from images import (
+    FRAMES,
+    Preprocessing,
     augment,
+    crop_to_field,
     find_duplicates,
     load_image,
     look,
@@ -449,3 +454,71 @@ def test_the_difference_hash_is_as_by_hand():
     grey = np.add.outer(np.zeros(8, int), [0, 9, 5, 5, 6, 3, 8, 1, 2]).astype(np.uint8)  # 8 × 9: no resizing
     bits, thumbnail = look(Image.fromarray(grey))
     assert np.unpackbits(bits).reshape(8, 8).tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]] * 8 and thumbnail.shape == (768,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
+
+
+def scope(size, centre, radius, level=150):
+    """A picture of an endoscope: a bright disk with a black hole on black, and letters beside it."""
+    image = Image.new("RGB", size, (8, 6, 7))
+    draw = ImageDraw.Draw(image)
+    (x, y), r = centre, radius
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=(level, level // 2, level // 2))
+    draw.ellipse((x - 10, y - 10, x + 10, y + 10), fill="black")
+    draw.text((5, 5), "PAT 17", fill="white")
+    return image
+
+
+@pytest.mark.parametrize("centre, radius", [((200, 150), 100), ((420, 240), 200), ((320, 130), 120)])
+def test_the_field_is_found_beside_letters(centre, radius):
+    field = crop_to_field(scope((640, 480), centre, radius))
+    assert all(1.93 * radius <= side <= 2.05 * radius for side in field.size)
+    assert field.getpixel((field.width // 2, field.height // 2)) == (0, 0, 0)  # the hole in its middle
+    square = to_square(scope((640, 480), centre, radius), 64, Preprocessing("field"))
+    assert square.shape == (64, 64, 3) and square[32, 2:62].max(1).min() >= 0 and square[32, 12].max() > 100
+
+
+def test_a_picture_without_a_field_stays_as_it_is():
+    for image in (noise(80, 60), Image.new("RGB", (80, 60)), scope((640, 480), (100, 100), 20), Image.new("L", (1, 1))):
+        assert crop_to_field(image).tobytes() == image.tobytes()
+
+
+def test_padding_and_squashing_keep_the_whole_picture():
+    image = Image.new("RGB", (400, 100), "red")
+    padded = to_square(image, 64, Preprocessing("pad"))
+    assert (padded[24:40] == (255, 0, 0)).all() and (padded[:24] == 0).all() and (padded[40:] == 0).all()
+    assert (to_square(image, 64, Preprocessing("squash")) == (255, 0, 0)).all()
+    for size in ((1, 1000), (1000, 1), (3, 2)):
+        for frame in FRAMES:
+            assert to_square(Image.new("RGB", size), 32, Preprocessing(frame)).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_an_augmented_picture_shows_what_its_frame_shows(frame):
+    """Left red, right blue, in the middle green: a crop of the middle has hardly red or blue."""
+    image = Image.new("RGB", (400, 100), "lime")
+    image.paste("red", (0, 0, 100, 100))
+    image.paste("blue", (300, 0, 400, 100))
+    rng, seen = random.Random(0), np.zeros(3)
+    for _ in range(20):
+        pixels = augment(image, 32, rng, flip=False, frame=frame).reshape(-1, 3)
+        seen += [(pixels.argmax(1) == channel)[pixels.max(1) > 60].sum() for channel in range(3)]
+    shares = seen / seen.sum()
+    if frame == "crop":  # anywhere in the picture, but a square
+        assert shares[1] > 0.4
+    else:
+        assert abs(shares - (0.25, 0.5, 0.25)).max() < 0.15
+
+
+def test_a_run_keeps_its_frame(script, base, pictures, tmp_path):
+    arguments = ["--data", pictures / "images", "--weights", base, "--steps", 1, "--frame", "squash", "--run", "run"]
+    status, _, err = script(train, *arguments)
+    assert status == 0, err
+    model, _, _ = build.load_run(tmp_path / "run", torch.device("cpu"))
+    image = pictures / "images/field-green/0.png"
+    pixels = preprocess(load_image(image), 32, Preprocessing("squash"))
+    with torch.no_grad():
+        expected = model.encode_image(pixels[None])
+    torch.testing.assert_close(build.encode_images(model, [image], torch.device("cpu"), 1, 0), expected)

@@ -3,11 +3,16 @@
 import json
 import os
 import random
+from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import mistake
 from PIL import Image
+from safetensors import safe_open
 from shapes import SHAPES, draw
 
 import build
@@ -114,3 +119,37 @@ def test_what_cannot_be_searched_or_drawn_is_said(script, trained, pictures, tmp
     assert "--data: it is empty" in mistake(script(retrieve, "--run", trained, "--data", "", "--text", "red"))
     long = [{"rank": 1, "score": 0.5, "image": image, "class": None, "predicted": "x", "captions": ["word " * 20_000]}]
     assert contact_sheet(long, "word " * 20_000, image).width > 0
+
+
+def test_embeddings_serve_other_programs(script, trained, pictures, tmp_path):
+    files = {}
+    for name in ("out.npz", "out.safetensors"):
+        status, out, err = script(retrieve, "--run", trained, "--embeddings", name)
+        assert status == 0 and not out and "18 embeddings in" in err, err
+        files[name] = tmp_path / name
+    with np.load(files["out.npz"]) as stored:
+        paths, embeddings = stored["paths"].tolist(), stored["embeddings"]
+    with safe_open(files["out.safetensors"], "np") as stored:
+        assert json.loads(stored.metadata()["paths"]) == paths
+        np.testing.assert_array_equal(stored.get_tensor("embeddings"), embeddings)
+    model, _, _ = build.load_run(trained, torch.device("cpu"))
+    expected = F.normalize(build.encode_images(model, paths, torch.device("cpu"), 8, 0), dim=1)
+    assert len(set(paths)) == 18 and all(Path(path).is_absolute() for path in paths)
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+
+    index = faiss.IndexFlatIP(embeddings.shape[1])  # as in the README
+    index.add(embeddings)
+    scores, rows = index.search(embeddings[:1], 5)
+    status, out, err = script(retrieve, "--run", trained, "--image", paths[0], "--json", "--top", 4)
+    ours = json.loads(out)
+    assert rows[0, 0] == 0 and [paths[i] for i in rows[0, 1:]] == [os.path.realpath(r["image"]) for r in ours]
+    np.testing.assert_allclose(scores[0, 1:], [r["score"] for r in ours], atol=1e-4)
+
+    assert ".npz or .safetensors" in mistake(script(retrieve, "--run", trained, "--embeddings", "out.csv"))
+    assert "--sheet needs" in mistake(script(retrieve, "--run", trained, "--embeddings", "a.npz", "--sheet", "a.png"))
+
+
+def test_a_query_that_is_cut_is_said_with_its_text(script, trained):
+    text = "a very long query " * 30
+    status, _, err = script(retrieve, "--run", trained, "--text", text)
+    assert status == 0 and err.count("so that its end is cut: a very long query a very") == 1
