@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,12 @@ def trained(pictures, base, tmp_path_factory):
         patch.setattr(sys, "argv", [*map(str, arguments), "--lr", "3e-3", "--device", "cpu"])
         train.main()
     return run
+
+
+def readme_code(name):
+    """The lines of the code block below the mark `<!-- test: NAME -->` in README.md."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    return text.split(f"<!-- test: {name} -->\n```python\n")[1].split("```")[0]
 
 
 def mistake(result):

@@ -1,6 +1,8 @@
 """Exports and adapters at full ViT-B/16 size, against transformers and PEFT; and a run that starts from another run."""
 
+import ast
 import json
+import shutil
 from dataclasses import asdict
 from itertools import product
 
@@ -9,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import mistake
+from conftest import mistake, readme_code
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import build
+import classify
 import train
 from build import load_base, load_run, new_model, trained_parameters
 from checkpoint import load_clip, read_safetensors, write_safetensors
@@ -133,18 +136,29 @@ def test_a_run_becomes_a_hugging_face_folder(big, pictures, script, tmp_path, ha
 @torch.no_grad()
 @pytest.mark.parametrize("fusion", ["concat", "slerp"])
 def test_fusion_and_head_serve_beside_the_exported_model(base, pictures, script, tmp_path, fusion):
-    """The README's lines, for concat; fusion.py's own module for slerp."""
     model, _ = make_run(tmp_path / "run", base, pictures, fusion=fusion)
-    status, out, err = script(export, tmp_path / "run", tmp_path / "hf", "--weights", base)
+    status, out, err = script(export, tmp_path / "run", tmp_path / "exported", "--weights", base)
     assert status == 0 and "nor is the fusion" in out, err
-    tensors, info = read_safetensors(tmp_path / "hf/fusion_head.safetensors")
+    tensors, info = read_safetensors(tmp_path / "exported/fusion_head.safetensors")
     pixels = torch.randn(2, 3, 32, 32)
     assert info["mode"] == fusion and info["classes"] == list(PROMPTS) and info["levels"] == [1, 2, 3, 4]
-    clip, _ = load_base(str(tmp_path / "hf"))
+    clip, _ = load_base(str(tmp_path / "exported"))
     again = build.FusedCLIP(clip, 2, info["mode"], info["levels"])
     again.load_state_dict(tensors, strict=False)
     torch.testing.assert_close(again.encode_image(pixels), model.encode_image(pixels), rtol=1e-3, atol=1e-4)
     assert torch.equal(again.head, model.head)
+
+
+@torch.no_grad()
+def test_the_readmes_lines_load_fusion_and_head(base, pictures, script, tmp_path, capsys):
+    make_run(tmp_path / "run", base, pictures)
+    script(export, tmp_path / "run", tmp_path / "exported", "--weights", base)
+    shutil.copy(sorted((pictures / "images").rglob("*.png"))[3], tmp_path / "image.png")
+    exec(readme_code("loader"), {})
+    printed = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    status, out, err = script(classify, "--run", tmp_path / "run", "--weights", base, tmp_path / "image.png", "--json")
+    assert status == 0, err
+    assert printed == pytest.approx(json.loads(out)[0]["classes"], abs=1e-3)
 
 
 @torch.no_grad()

@@ -5,12 +5,11 @@ import os
 import random
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import mistake
+from conftest import mistake, readme_code
 from PIL import Image
 from safetensors import safe_open
 from shapes import SHAPES, draw
@@ -137,13 +136,14 @@ def test_embeddings_serve_other_programs(script, trained, pictures, tmp_path):
     assert len(set(paths)) == 18 and all(Path(path).is_absolute() for path in paths)
     np.testing.assert_allclose(embeddings, expected, atol=1e-5)
 
-    index = faiss.IndexFlatIP(embeddings.shape[1])  # as in the README
-    index.add(embeddings)
-    scores, rows = index.search(embeddings[:1], 5)
+    files["out.npz"].rename("images.npz")
+    found = {}
+    exec(readme_code("faiss"), found)
     status, out, err = script(retrieve, "--run", trained, "--image", paths[0], "--json", "--top", 4)
     ours = json.loads(out)
-    assert rows[0, 0] == 0 and [paths[i] for i in rows[0, 1:]] == [os.path.realpath(r["image"]) for r in ours]
-    np.testing.assert_allclose(scores[0, 1:], [r["score"] for r in ours], atol=1e-4)
+    rows = found["rows"][0].tolist()
+    assert rows[0] == 0 and [paths[i] for i in rows[1:]] == [os.path.realpath(r["image"]) for r in ours]
+    np.testing.assert_allclose(found["cosines"][0, 1:], [r["score"] for r in ours], atol=1e-4)
 
     assert ".npz or .safetensors" in mistake(script(retrieve, "--run", trained, "--embeddings", "out.csv"))
     assert "--sheet needs" in mistake(script(retrieve, "--run", trained, "--embeddings", "a.npz", "--sheet", "a.png"))
