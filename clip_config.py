@@ -51,15 +51,19 @@ class Described:
         if self.get(name) is not None and self.values[name] not in accepted:
             self.refuse(name)
 
-    def number(self, name, default, least):
+    def number(self, name, default, kind=int):
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e9:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, kind))
+            or not (1 if kind is int else 0) <= value < 1e6
+        ):
             self.refuse(name, "which is no number that fits; get the file again")
         return value
 
     def colours(self, name, default):
         value = self.get(name, default)
-        numbers = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and v == v for v in value)
+        numbers = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and abs(v) < 1e6 for v in value)
         if not numbers or len(value) != 3 or (name.endswith("std") and min(value) <= 0):
             self.refuse(name, "which are no three numbers that fit; get the file again")
         return tuple(map(float, value))
@@ -139,7 +143,7 @@ def from_transformers(config, file):
     widths = []
     for tower, width in ((vision, config.vision_width), (text, config.text_width)):
         tower.expect("hidden_act", "quick_gelu", "gelu")
-        heads = tower.number("num_attention_heads", width // 64, least=1)
+        heads = tower.number("num_attention_heads", width // 64)
         if width % heads:
             tower.refuse("num_attention_heads", f"which does not divide the width {width}; get the file again")
         widths.append(width // heads)
@@ -153,7 +157,7 @@ def from_transformers(config, file):
         vision_head_width=widths[0],
         text_head_width=widths[1],
         activation=same["hidden_act"],
-        norm_eps=text.number("layer_norm_eps", 1e-5, least=0),
+        norm_eps=text.number("layer_norm_eps", 1e-5, float),
     )
 
 
@@ -220,13 +224,13 @@ def from_open_clip(config, file):
         model.expect(name)
     model.expect("custom_text", False)
     model.expect("quick_gelu", True, False)
-    width, heads = config.text_width, text.number("heads", config.text_width // 64, least=1)
+    width, heads = config.text_width, text.number("heads", config.text_width // 64)
     if width % heads:
         text.refuse("heads", f"which does not divide the width {width}; get the file again")
-    head_width = vision.number("head_width", 64, least=1)
+    head_width = vision.number("head_width", 64)
     if config.vision_width % head_width:
         vision.refuse("head_width", f"which does not divide the width {config.vision_width}; get the file again")
-    eps = [part.part("norm_kwargs").number("eps", 1e-5, least=0) for part in (vision, text)]
+    eps = [part.part("norm_kwargs").number("eps", 1e-5, float) for part in (vision, text)]
     if eps[0] != eps[1]:
         vision.refuse("norm_kwargs", "but the text tower has another one; our towers have the same one")
     return replace(

@@ -27,7 +27,9 @@ import trust
 from build import load_base
 from data import load_dataset
 from errors import run_script
-from images import augment, load_image, look, to_square
+from images import FRAMES, Preprocessing, augment, load_image, look, preprocess, to_square
+from lora import add_lora
+from peft_format import save_adapter
 from pictures import thumbnail
 from prompts import class_prompts
 from settings import Settings
@@ -38,6 +40,7 @@ sys.path.append(str(Path(__file__).parents[1] / "weights"))
 
 import download
 import export
+from export import to_open_clip, to_transformers
 
 TEXTS = (
     "",
@@ -167,7 +170,8 @@ def odd_json(content, rng):
 class Hostile:
     """fixtures: a folder for what is made here once. pictures, base, run: as tests/conftest.py has them."""
 
-    KINDS = ("flags", "images", "manifest", "entrep", "prompts", "weights", "merges", "metadata", "resume", "index")
+    KINDS = ("flags", "images", "manifest", "entrep", "prompts", "weights", "configs", "merges", "metadata", "resume")
+    KINDS += ("index", "queries")
 
     def __init__(self, fixtures, pictures, base, run):
         self.pictures, self.base, self.run = Path(pictures), Path(base), Path(run)
@@ -257,8 +261,9 @@ class Hostile:
 
         def read():
             image = load_image(file)
-            to_square(image, 32)
-            augment(image, 32, random.Random(0), True)
+            frame = rng.choice(FRAMES)
+            to_square(image, 32, Preprocessing(frame))
+            augment(image, 32, random.Random(0), True, frame)
             look(image)
             thumbnail(file)
 
@@ -329,6 +334,42 @@ class Hostile:
             renamed = name.replace(".0.", f".{rng.choice((1, 7, 999_999_999))}.") + rng.choice(("", "x"))
             tensors |= rng.choice([{}, {renamed: tensor}, *({name: changed} for changed in odd)])
         return tensors
+
+    def configs(self, rng, folder):
+        """What stands beside the weights: configurations, or an adapter."""
+        for name in ("model.safetensors", "merges.txt"):
+            shutil.copy(self.base / name, folder)
+        config, pixels = to_transformers(load_base(str(self.base))[0].config)
+        files = {"config.json": config, "preprocessor_config.json": pixels}
+        if rng.random() < 0.4:
+            files = {"open_clip_config.json": to_open_clip(load_base(str(self.base))[0].config)}
+        elif rng.random() < 0.4:
+            settings = Settings(data="x", weights="x", steps=1, lr=1.0, lora_rank=2)
+            clip = load_base(str(self.base))[0]
+            add_lora(clip, 2)
+            save_adapter(clip, settings, folder, "x", "0")
+            files = {"adapter_config.json": json.loads((folder / "adapter_config.json").read_text())}
+            if rng.random() < 0.5:
+                tensors = load_file(folder / "adapter_model.safetensors")
+                save_file(self.odd_tensors(tensors, rng), folder / "adapter_model.safetensors")
+        chosen = rng.choice(list(files))
+        for name, content in files.items():
+            text = json.dumps(content).encode()
+            (folder / name).write_bytes(odd_json(text, rng) if name == chosen else text)
+
+        def use():
+            clip, _ = load_base(str(folder))
+            image = Image.new("RGB", (rng.randrange(1, 99), rng.randrange(1, 99)))
+            clip.encode_image(preprocess(image, clip.config.image_size, clip.config.preprocessing)[None])
+
+        run_script(use)
+
+    def queries(self, rng, folder):
+        text = "a.png\n0.png\n" if rng.random() < 0.5 else 'a shape, "red"\n"quoted, too"\nanother\n'
+        (folder / "q.csv").write_bytes(mutate(text.encode(), rng))
+        tool = rng.choice((classify, retrieve))
+        flags = ["--run", self.run, "--data", self.pictures / "images/half-left", "--queries", "q.csv", "--workers", 0]
+        self.script(tool, *flags)
 
     def merges(self, rng, folder):
         shutil.copy(self.base / "model.safetensors", folder)
