@@ -131,9 +131,10 @@ def weights_file(path):
     if path.is_dir() and not file.is_file():
         file = min((f for f in path.iterdir() if f.suffix in PICKLES), default=file)
     if not file.is_file():
+        model = path.name if path.name in NAMES[1:] else NAMES[1]
         raise UserError(
-            f"there are no weights at {file}; `python weights/download.py` fetches CLIP ViT-B/16, or name others by "
-            "--weights: phantom, or the path of a CLIP file or folder"
+            f"there are no weights at {file}; `python weights/download.py --model {model}` fetches CLIP, or name "
+            "others by --weights: phantom, or the path of a CLIP file or folder"
         )
     if file.suffix in PICKLES:
         raise UserError(f"{file} may run code when it is read; get a .safetensors file, or convert it: {convert(file)}")
@@ -143,7 +144,10 @@ def weights_file(path):
 def convert(file):
     """→ the command that makes a .safetensors file of a pickled one, without running code that it may hold. OpenAI's
     own files are programs for TorchScript, which can't read or write other files."""
-    script = zipfile.is_zipfile(file) and any("/code/" in name for name in zipfile.ZipFile(file).namelist())
+    try:
+        script = any("/code/" in name for name in zipfile.ZipFile(file).namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        script = False
     read = "torch.jit.load(old, 'cpu').state_dict()" if script else "torch.load(old, 'cpu', weights_only=True)"
     new = file.with_name("open_clip_model.safetensors" if "open_clip" in file.name else "model.safetensors")
     code = f"import sys, torch, safetensors.torch as s; old, new = sys.argv[1:]; t = {read}; "

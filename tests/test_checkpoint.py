@@ -155,7 +155,7 @@ def test_training_does_not_write_into_the_file(small):
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.safetensors", "."])
 def test_missing_weights_say_how_to_get_them(tmp_path, name):
-    assert "`python weights/download.py`" in loading_error(tmp_path / name)
+    assert "`python weights/download.py --model clip-vit-b-16`" in loading_error(tmp_path / name)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])

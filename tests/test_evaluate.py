@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import build
 import classify
 import evaluate
 import train
-from data import load_dataset
+from data import Sample, load_dataset
 from fusion import FusedCLIP
 from metrics import first_relevant_ranks, interval, resample, retrieval_metrics
 
@@ -132,3 +133,21 @@ def test_signs_tell_classes_apart(script, pictures, base, tmp_path, trained):
     assert script(train, "--data", tmp_path / "data", *flags)[0] == 0
     shutil.move(tmp_path / "data/HPV-", tmp_path / "data/HPV")
     assert "does not know: HPV;" in mistake(script(evaluate, "--run", tmp_path / "run", "--data", tmp_path / "data"))
+
+
+def test_searches_for_captions_and_matches_by_hand():
+    angles = torch.tensor([0.0, 10.0, 30.0, 100.0]).deg2rad()
+    images = torch.stack([angles.cos(), angles.sin()], 1)
+    files = [Path(f"{i}.png") for i in range(4)]
+    captions = [("red", "large"), ("red",), ("large",), ()]
+    matches = [files[2], files[0], None, Path("elsewhere.png")]
+    samples = [Sample(*row[:1], "x", row[1], match=row[2]) for row in zip(files, captions, matches, strict=True)]
+    found = evaluate._match_search(samples, images)
+    # Image 0 finds 1 before its match 2; image 1 finds its match 0 first; image 3's is not among them.
+    assert (found["i2i_match_recall@1"], found["i2i_match_mrr"]) == (1 / 2, (1 / 2 + 1) / 2)
+    texts = torch.stack([angles[[1, 3]].cos(), angles[[1, 3]].sin()], 1)  # "red" points at image 1, "large" at image 3
+    found = evaluate._caption_searches(samples, ["red", "large"], images, texts, torch.eye(4, dtype=torch.bool))
+    # Image 0 shares a caption with 1 and 2, and finds 1 first; image 1 finds 0 first; image 2 finds 1, then 0.
+    assert found["i2i_caption_mrr"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert found["t2i_caption_mrr"] == pytest.approx((1 + 1 / 2) / 2)  # "large": 3, then 2
+    assert evaluate._match_search(samples[2:], images[2:]) == {}

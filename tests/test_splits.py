@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -323,3 +324,15 @@ def test_a_split_is_kept_as_a_manifest(tmp_path):
             (s.image, s.label, s.captions, s.group, s.match) for s in splits[name]
         ]
     assert trained_images(tmp_path) == {s.image for s in splits["train"]} and trained_images(tmp_path / "no") == set()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 99), st.sampled_from(["random", "group"]))
+def test_an_image_and_its_match_stay_on_one_side(seed, how):
+    rng = random.Random(seed)
+    samples = [Sample(Path(f"{i}.png"), "ab"[i % 2], group=f"g{i // 2}") for i in range(60)]
+    for a in rng.sample(range(60), 12):
+        samples[a] = replace(samples[a], match=samples[rng.randrange(60)].image)
+    splits = split_dataset(samples, how, seed=seed)
+    side = {sample.image: name for name, part in splits.items() for sample in part}
+    assert all(side[s.image] == side[s.match] for s in samples if s.match) and len(side) == 60
