@@ -103,7 +103,7 @@ def find_name(image, by_name, index):
     if len(files) > 1:
         files = [f for f in files if tuple(part.lower() for part in f.parts)[-len(parts) :] == parts]
     if not files:
-        raise UserError(f"{index} names {image}, which is not there; put it in its folder, or delete the entry")
+        raise UserError(f"{index} names {image}, which is not among the images; put it there, or delete the entry")
     if len(files) > 1:
         raise UserError(
             f"{index} names {image}, of which there are two: {files[0]} and {files[1]}; write its path, or rename one"

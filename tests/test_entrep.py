@@ -82,13 +82,13 @@ def test_another_programs_data_json_does_no_harm(tmp_path):
         ("train/train/cls.json", {"a.png": 7}, "unknown label 7"),
         ("train/train/cls.json", {"a.png": "²"}, "unknown label '²'"),
         ("train/train/cls.json", {"a.png": True}, "unknown label True"),
-        ("train/train/cls.json", {"c.png": "throat"}, "c.png, which is not in"),
+        ("train/train/cls.json", {"c.png": "throat"}, "c.png, which is not among"),
         ("train/train/cls.json", ["a.png"], "cls.json should be a JSON object like"),
         ("public/data.json", [{"Path": "_image07.png"}], "unknown label None"),
         ("public/data.json", {"Path": "_image07.png"}, "should be a list of"),
         ("train/train/t2i.json", {"a polyp": ["a.png"]}, "t2i.json should be a JSON object like"),
         ("train/train/i2i.json", ["a.png"], "i2i.json should be a JSON object like"),
-        ("train/train/i2i.json", {"a.png": "c.png"}, "i2i.json names c.png, which is not in"),
+        ("train/train/i2i.json", {"a.png": "c.png"}, "i2i.json names c.png, which is not among"),
     ],
 )
 def test_a_broken_entrep_is_refused(tmp_path, name, content, says):
