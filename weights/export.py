@@ -20,6 +20,7 @@ from build import encode_images, load_run
 from checkpoint import HUGGING_FACE, NAMES, OPENAI, base_folder, save_clip, write_safetensors
 from cli import Parser, add_machine_flags, file_path, find_device
 from clip_config import RESAMPLE, RESIZE_MODES
+from data import load_dataset
 from errors import UserError, run_script, shown
 from files import make_folder, write_json
 from lora import fold_lora
@@ -28,7 +29,7 @@ from runs import find_run
 from split_file import read_split
 from splits import scored_split
 from tokenizer import END, START, save_merges
-from trust import follow_images
+from trust import find_data, follow_images
 
 EXTRA = "fusion_head.safetensors"
 WEIGHTS = {"hf": "model.safetensors", "peft": TENSORS, "openai": "open_clip_model.safetensors"}
@@ -153,10 +154,11 @@ def export_extra(model, metadata, folder):
     write_safetensors(folder / EXTRA, tensors, fusion | {"scale": model.scale.item()} | classes)
 
 
-def compare_fused(model, run, device, workers):
+def compare_fused(model, metadata, run, data, device, workers):
     """→ a line on how far the fused embeddings are from those of the last level, CLIP's own, over held-out images."""
     try:
-        splits = read_split(run)
+        place = find_data(data, metadata, run)
+        splits = read_split(run, load_dataset(place) if data or place == "phantom" else None)
         follow_images(splits, run)
         files = [sample.image for sample in splits[scored_split(splits)]]
         fused = encode_images(model, files, device, 32, workers)
@@ -176,6 +178,7 @@ def main():
     parser.add_argument("--format", choices=tuple(WEIGHTS), default="hf", help="whose files to write")
     parser.add_argument("--half", action="store_true", help="weights in float16, half as large")
     parser.add_argument("--weights", help="where the run's base model is, should it have moved")
+    parser.add_argument("--data", help="where its images are, should they have moved")
     add_machine_flags(parser)
     args = parser.parse_args()
     if args.half and args.format == "peft":
@@ -189,7 +192,7 @@ def main():
     described = {"hf": to_transformers, "openai": to_open_clip}.get(args.format, lambda config: None)(config)
     make_folder(args.folder)
     export_extra(model, metadata, args.folder)
-    distance = compare_fused(model, run, device, args.workers) if model.fusion is not None else ""
+    distance = compare_fused(model, metadata, run, args.data, device, args.workers) if model.fusion is not None else ""
     if args.format == "peft":
         export_adapter(model, metadata, args.folder, run)
     else:
