@@ -32,6 +32,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoint import base_folder
 from cli import Parser, add_machine_flags, file_path, find_device, positive_int, whole_number
 from data import class_names
 from errors import UserError, counted, run_script
@@ -172,8 +173,8 @@ class Trainings:
             print(describe(splits, self.samples, self.duplicates), file=sys.stderr)
         classes = class_names(splits["train"])
         prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
-        # All that decides the untrained model's figures, which are computed once. From scratch they are chance.
-        key = settings.seed, settings.fold, settings.weights, variant.prompts
+        # What decides the untrained model's figures, which are computed once. From scratch they are chance.
+        key = settings.seed, settings.fold, settings.weights, settings.frame, variant.prompts
         known = self.untrained.get(key)
         make_folder(run)
         (run / "log.txt").unlink(missing_ok=True)  # it might be a link
@@ -269,12 +270,8 @@ def parse_arguments():
     add("--parts", action="store_true", help="what each part is worth alone, added, and left out")
     add("--shots", type=numbers, metavar="A,B,…", help="train on so many images of each class; held-out ones stay")
     add("--vary", action="append", help="another setting, like lora-rank=4; two at once: 'lr=1e-3 slerp=1'")
-    add(
-        "--seeds",
-        type=whole_number,
-        nargs="+",
-        help="train everything once with each of these seeds; default: 0 1 2 3 4",
-    )
+    seeds_help = "train everything once with each of these seeds; default: 0 1 2 3 4"
+    add("--seeds", type=whole_number, nargs="+", help=seeds_help)
     add("--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn")
     add("--folder", type=file_path, default=Path("runs/ablation"), help="where runs and tables are written")
     add("--prompts", type=file_path, help="as in train.py")
@@ -282,9 +279,7 @@ def parse_arguments():
     add_settings(parser)
     args = parser.parse_args()
     if ((args.parts or args.vary) and args.shots and len(args.shots) > 1) or (args.parts and args.vary):
-        raise UserError(
-            "ask one question at a time: --parts, --vary or several --shots; one --shots goes with the others"
-        )
+        raise UserError("ask one question: --parts, --vary or several --shots; one --shots goes with the others")
     args.given = given_settings(parser)
     if args.given.keys() & {"seed", "fold"}:
         raise UserError("--seed and --fold are for a single training; use --seeds or --folds here")
@@ -314,6 +309,8 @@ def main():
     parser, args = parse_arguments()
     settings = Settings.from_flags(args)
     refuse_idle(args.given, settings)
+    if (base_folder(settings.weights) / "adapter.safetensors").is_file():
+        raise UserError(f"{settings.weights} is a run, which has learned already; name the base model by --weights")
     prompts = read_json(args.prompts) if args.prompts else None
     check_folder(args.folder, "settings", {**asdict(settings), "prompts": prompts})
     if args.vary:

@@ -110,7 +110,7 @@ def new_model(settings, prompts, samples, run):
     else:
         model.set_head([tokenizer(texts, clip.config.context_length) for texts in prompts.values()])
     if base.start:
-        go_on_from(base.start, model, list(prompts))
+        go_on_from(base.start, model, prompts)
     return model, tokenizer, Metadata(settings, list(prompts), prompts, about)
 
 
@@ -181,12 +181,14 @@ def open_base(weights):
     there is none, or its merges don't fit."""
     path, adapter = base_folder(weights), None
     if (path / "adapter.safetensors").is_file():
+        if (path / "last.safetensors").is_file() and not (path / "metrics.json").is_file():
+            raise UserError(f"{path} is not finished; go on with it first: python train.py --resume --run {path}")
         model, tokenizer, metadata = load_run(path, torch.device("cpu"))
         fold_lora(model.clip)
-        # Merged weights may round otherwise elsewhere. So the hash is that of what was added to which base.
-        own = read_safetensors(path / "adapter.safetensors")[0]
-        key = fingerprint({metadata.base["fingerprint"]: torch.zeros(0), **own})
-        return Base(model.clip, tokenizer, key, (model, metadata))
+        # Merged weights may round otherwise elsewhere. So the hash is that of what was added to which base, and how.
+        own, s = read_safetensors(path / "adapter.safetensors")[0], metadata.settings
+        how = f"{metadata.base['fingerprint']} {s.lora_rank} {s.lora_alpha} {s.fusion} {s.levels} {s.frame}"
+        return Base(model.clip, tokenizer, fingerprint({how: torch.zeros(0), **own}), (model, metadata))
     if (path / peft_format.CONFIG).is_file():
         path, adapter = peft_format.base_of(path), path
     clip = load_clip(path)
@@ -196,18 +198,26 @@ def open_base(weights):
             f"the merges.txt of {path} makes {len(tokenizer):,} tokens, the weights expect {clip.config.vocab_size:,}; "
             "put the merges.txt that belongs to the weights there"
         )
-    key = fingerprint(clip.state_dict())
-    if adapter:
-        key = fingerprint({key: torch.zeros(0), **peft_format.merge_adapter(clip, adapter)})
+    key = peft_format.merge_adapter(clip, adapter) if adapter else fingerprint(clip.state_dict())
     return Base(clip, tokenizer, key)
 
 
-def go_on_from(start, model, classes):
+def check_config(run, kept, found, weights):
+    """Raise UserError where the files beside the base weights say something else than when the run was begun."""
+    for name, value in found.items():
+        if kept.get(name) != value:
+            said = f"{run} was trained with {name} = {kept.get(name)}, but the files beside {weights} say {value}"
+            raise UserError(f"{said}; restore them")
+
+
+def go_on_from(start, model, prompts):
     """Give a new model what a run has learned beside CLIP: the vectors of the classes that it knows, and its fusion
     of levels, if the new model has the same one."""
     old, metadata = start
+    if any(metadata.prompts.get(name, texts) != texts for name, texts in prompts.items()):
+        print("note: the run was trained with other prompts; to use them again, give them by --prompts")
     with torch.no_grad():
-        for row, name in zip(model.head, classes, strict=True):
+        for row, name in zip(model.head, prompts, strict=True):
             if name in metadata.classes:
                 row.copy_(old.head[metadata.classes.index(name)])
     kinds = [f and (f.mode, f.levels) for f in (old.fusion, model.fusion)]
@@ -246,12 +256,7 @@ def load_run(run, device, weights=None, merge=True):
         clip, tokenizer, own, _ = open_base(weights)
         if own != base["fingerprint"]:
             raise UserError(f"{run} was trained on other base weights than {weights}; say where they are by --weights")
-        for name, value in plain(clip.config).items():
-            if base["config"].get(name) != value:
-                raise UserError(
-                    f"{run} was trained with {name} = {base['config'].get(name)}, but the files beside {weights} say "
-                    f"{value}; restore them"
-                )
+        check_config(run, base["config"], plain(clip.config), weights)
     model = assemble(clip, settings, len(metadata.classes))
     load_trained(model, tensors, file)
     if merge:

@@ -125,9 +125,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 def weights_file(path):
     """A file or folder → the file of its weights. Raises UserError where there is none, or one that could run code."""
-    names = ("model.safetensors", "open_clip_model.safetensors")
+    names = ("open_clip_model.safetensors", "model.safetensors")  # beside the former timm's, perhaps: a tower alone
     files = [path / name for name in names] if path.is_dir() else [path]
-    file = next((file for file in files if file.is_file()), files[0])
+    file = next((file for file in files if file.is_file()), files[-1])
     if path.is_dir() and not file.is_file():
         file = min((f for f in path.iterdir() if f.suffix in PICKLES), default=file)
     if not file.is_file():

@@ -64,6 +64,7 @@ def main():
     device = find_device(args.device)
     run = find_run(args.run)
     model, _, metadata = load_run(run, device, args.weights)
+    number = class_numbers(metadata.classes) if queries else {}
     files = list(dict.fromkeys(files or (s.image for s in find_samples(args.data, metadata, run))))
     asked = dict(zip(queries, find_queries(queries, files, args.queries), strict=True))  # {query: file}
     files = list(dict.fromkeys(asked.values())) or files
@@ -71,7 +72,7 @@ def main():
     print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
     if queries:
-        number, found = class_numbers(metadata.classes), {r["image"]: r["class"] for r in results}
+        found = {r["image"]: r["class"] for r in results}
         answers = {query: number[found[str(file)]] for query, file in asked.items() if str(file) in found}
         print_json(answers)
         if args.zip:

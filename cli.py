@@ -125,6 +125,8 @@ def check_query_flags(args, *others):
     """Raise UserError where --zip or another flag has no effect. others: those that do not go with --queries."""
     if args.zip and not args.queries:
         raise UserError("--zip has no effect without --queries; leave it out")
+    if args.zip and (args.zip.suffix.lower() != ".zip" or not args.zip.parent.is_dir()):
+        raise UserError(f"--zip cannot write {args.zip}; give it a name that ends in .zip, in a folder that exists")
     idle = [name for name in others if args.queries and getattr(args, name)]
     if idle:
         raise UserError(f"--{idle[0]} has no effect with --queries; leave one of them out")

@@ -31,20 +31,19 @@ class Described:
             raise UserError(f"{file} has no JSON object{path and ' in ' + path[:-1]}; get it again")
         self.file, self.values, self.path = file, values, path
 
-    def part(self, *names):
-        """→ the part of that name; of several, later ones count more."""
-        values = {}
-        for name in names:
-            found = self.values.get(name)
-            values |= {} if found is None else Described(self.file, found, f"{self.path}{name}.").values
-        return Described(self.file, values, f"{self.path}{names[0]}.")
+    def part(self, name):
+        """→ the part of that name."""
+        found = self.values.get(name)
+        return Described(self.file, {} if found is None else found, f"{self.path}{name}.")
 
     def get(self, name, default=None):
         value = self.values.get(name)
         return default if value is None else value
 
     def refuse(self, name, why="which our model cannot represent; use another checkpoint"):
-        raise UserError(f"{self.file} says {self.path}{name} = {shown(str(self.values[name])[:100])}, {why}")
+        key = f"{self.path}{name}"
+        said = f"says {key} = {self.values[name]}" if name in self.values else f"leaves out {key}"
+        raise UserError(f"{self.file} {shown(said[:200])}, {why}")
 
     def expect(self, name, *accepted):
         """What is said must be one of those accepted; nothing may be said, too."""
@@ -85,7 +84,11 @@ def complete(config, folder, openai_names, file):
     if theirs[1].is_file() and not (openai_names and "architecture" in _read(theirs[1])):  # the latter is timm's
         config = from_transformers(config, theirs[1])
         if pixels.is_file():
-            return replace(config, preprocessing=from_processor(config, pixels))
+            return replace(config, preprocessing=from_processor(config, Described(pixels, read_json(pixels))))
+        newer = pixels.with_name("processor_config.json")
+        if newer.is_file():
+            found = Described(newer, read_json(newer)).part("image_processor")
+            return replace(config, preprocessing=from_processor(config, found))
         _note(f"there is no {pixels}; images are prepared as for OpenAI's models")
         return config
     if config.vision_width >= WIDE or config.vision_width % 64 or config.text_width % 64:
@@ -116,12 +119,12 @@ def _read(file):
 
 
 def from_transformers(config, file):
-    """transformers' CLIPConfig. What is left out has the same default there as here."""
+    """transformers' CLIPConfig, with its defaults for what is left out."""
     stored = Described(file, read_json(file))
     if stored.get("model_type") != "clip":
         raise UserError(f"{file} describes no CLIP, its model_type is {stored.get('model_type')!r}; use another model")
-    vision = stored.part("vision_config", "vision_config_dict")  # old files have both, and the latter counts
-    text = stored.part("text_config", "text_config_dict")
+    # Old files have both, and then the latter counts.
+    vision, text = (stored.part(n if stored.get(n) else n[:-5]) for n in ("vision_config_dict", "text_config_dict"))
     stored.agree(projection_dim=config.embed_dim)
     vision.agree(
         hidden_size=config.vision_width,
@@ -141,9 +144,9 @@ def from_transformers(config, file):
     # The end token is the one with the highest id; 2 is what files say that were written before anyone looked.
     text.expect("eos_token_id", 2, config.vocab_size - 1)
     widths = []
-    for tower, width in ((vision, config.vision_width), (text, config.text_width)):
+    for tower, width, usual in ((vision, config.vision_width, 12), (text, config.text_width, 8)):
         tower.expect("hidden_act", "quick_gelu", "gelu")
-        heads = tower.number("num_attention_heads", width // 64)
+        heads = tower.number("num_attention_heads", usual)
         if width % heads:
             tower.refuse("num_attention_heads", f"which does not divide the width {width}; get the file again")
         widths.append(width // heads)
@@ -161,9 +164,9 @@ def from_transformers(config, file):
     )
 
 
-def from_processor(config, file):
-    """transformers' CLIPImageProcessor → Preprocessing."""
-    stored, size = Described(file, read_json(file)), config.image_size
+def from_processor(config, stored):
+    """transformers' CLIPImageProcessor, as Described → Preprocessing."""
+    size = config.image_size
     for name in ("image_processor_type", "feature_extractor_type"):
         stored.expect(
             name, "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"
@@ -200,6 +203,8 @@ NEUTRAL |= {"block_type": ("default",)}
 def from_open_clip(config, file):
     """open_clip's open_clip_config.json."""
     whole = Described(file, read_json(file))
+    if "model_cfg" not in whole.values:
+        raise UserError(f"{file} has no model_cfg; get the one that belongs to the weights")
     model, pixels = whole.part("model_cfg"), whole.part("preprocess_cfg")
     vision, text = model.part("vision_cfg"), model.part("text_cfg")
     model.agree(embed_dim=config.embed_dim)
@@ -221,10 +226,10 @@ def from_open_clip(config, file):
         part.expect("mlp_ratio", 4)
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
     for name in model.values.keys() - known:
-        model.expect(name)
+        model.expect(name, False)
     model.expect("custom_text", False)
     model.expect("quick_gelu", True, False)
-    width, heads = config.text_width, text.number("heads", config.text_width // 64)
+    width, heads = config.text_width, text.number("heads", 8)
     if width % heads:
         text.refuse("heads", f"which does not divide the width {width}; get the file again")
     head_width = vision.number("head_width", 64)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from errors import UserError
 from files import read_json, read_text, whole
 from images import IMAGE_SUFFIXES, find_files, find_images
-from prompts import ENTREP_PROMPTS
+from prompts import ENTREP_PROMPTS, plain_name
 
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
@@ -38,40 +38,41 @@ def read_entrep(root):
         if not any(file.parent.name.lower() in ("imgs", "images") for file in files):
             continue  # another program's file that is called the same
         by_name = names_of(files)
-        i2i = index.with_name("i2i.json")
         split = "test" if "test" in index.relative_to(root).parts else "train"
-        for image, label, captions, match in _entries(index):
-            row = {"image": find_name(image, by_name, index), "label": _class(label, image, index), "split": split}
-            found.append(row | {"captions": captions, "match": match and find_name(match, by_name, i2i)})
+        t2i, i2i = index.with_name("t2i.json"), index.with_name("i2i.json")
+        captions, matches = {}, {}
+        if index.name == "cls.json":
+            for text, image in _texts(t2i, '{"a polyp": "a.png", …}').items():
+                if _plain(image) in by_name:  # of an image that has no label, perhaps
+                    captions.setdefault(find_name(image, by_name, t2i), []).append(text)
+            for image, match in _texts(i2i, '{"a.png": "b.png", …}').items():
+                matches[find_name(image, by_name, i2i)] = find_name(match, by_name, i2i)
+        for image, label, own in _entries(index):
+            file = find_name(image, by_name, index)
+            row = {"image": file, "label": _class(label, image, index), "split": split, "match": matches.get(file)}
+            found.append(row | {"captions": own or tuple(captions.get(file, ()))})
     tested = any(row["split"] == "test" for row in found)
     return found if tested else [row | {"split": None} for row in found]
 
 
 def _entries(index):
-    """cls.json or data.json → [(image's name, label, captions, name of the match or None)]."""
+    """cls.json or data.json → [(image's name, label, captions that stand there)]."""
     entries = read_json(index)
-    if index.name == "data.json":
-        rows = entries if isinstance(entries, list) else [None]
-        for row in rows:
-            texts = [row.get(key) for key in ("Path", "DescriptionEN", "Description")] if isinstance(row, dict) else []
-            if not (texts and isinstance(texts[0], str) and all(isinstance(t, (str, type(None))) for t in texts)):
-                raise UserError(
-                    f'{index} should be a list of {{"Path": …, "Classification": …, "Description": …}}; correct it'
-                )
-        captions = [row.get("DescriptionEN") or row.get("Description") for row in rows]
-        return [
-            (row["Path"], row.get("Classification"), (caption,) if caption else (), None)
-            for row, caption in zip(rows, captions, strict=True)
-        ]
-    if not isinstance(entries, dict):
-        raise UserError(f'{index} should be a JSON object like {{"a.png": "throat", …}}; correct it')
-    captions = {}
-    for text, image in _texts(index.with_name("t2i.json"), '{"a polyp": "a.png", …}').items():
-        captions.setdefault(_plain(image), []).append(text)
-    matches = {_plain(a): b for a, b in _texts(index.with_name("i2i.json"), '{"a.png": "b.png", …}').items()}
+    if index.name == "cls.json":
+        if not isinstance(entries, dict):
+            raise UserError(f'{index} should be a JSON object like {{"a.png": "throat", …}}; correct it')
+        return [(image, label, ()) for image, label in entries.items()]
+    rows = entries if isinstance(entries, list) else [None]
+    for row in rows:
+        texts = [row.get(key) for key in ("Path", "DescriptionEN", "Description")] if isinstance(row, dict) else []
+        if not (texts and isinstance(texts[0], str) and all(isinstance(t, (str, type(None))) for t in texts)):
+            raise UserError(
+                f'{index} should be a list of {{"Path": …, "Classification": …, "Description": …}}; correct it'
+            )
+    captions = [row.get("DescriptionEN") or row.get("Description") for row in rows]
     return [
-        (image, label, tuple(captions.get(_plain(image), ())), matches.get(_plain(image)))
-        for image, label in entries.items()
+        (row["Path"], row.get("Classification"), (caption,) if caption else ())
+        for row, caption in zip(rows, captions, strict=True)
     ]
 
 
@@ -99,6 +100,7 @@ def names_of(files):
 def find_name(image, by_name, index):
     """→ the file of an image that `index` names. A path says which, where two folders have files of the same name."""
     files = by_name.get(_plain(image), [])
+    files = [file for file in files if file.name == PureWindowsPath(image).name] or files  # A.png beside a.png
     parts = PurePosixPath(PureWindowsPath(image).as_posix().lower()).parts
     if len(files) > 1:
         files = [f for f in files if tuple(part.lower() for part in f.parts)[-len(parts) :] == parts]
@@ -128,7 +130,10 @@ def _class(label, image, index):
 def read_queries(file):
     """test/cls.csv, i2i.csv or t2i.csv → their lines. There is no heading, and a line is a query, whatever commas and
     quotation marks it has; only one that is in quotation marks as a whole, as CSV has it, is without them."""
-    lines = [line.removesuffix("\r") for line in read_text(file).split("\n")]
+    text = read_text(file)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{file} is not UTF-8; save it as UTF-8")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     queries = [line[1:-1].replace('""', '"') if QUOTED.fullmatch(line) else line for line in lines if line.strip()]
     if not queries:
         raise UserError(f"there are no queries in {file}; give the challenge's cls.csv, i2i.csv or t2i.csv")
@@ -137,19 +142,29 @@ def read_queries(file):
 
 def name_images(queries):
     """Whether queries are names of images, and no descriptions."""
-    return all(Path(query.strip()).suffix.lower() in IMAGE_SUFFIXES for query in queries)
+    return any(Path(_bare(query)).suffix.lower() in IMAGE_SUFFIXES for query in queries)
 
 
 def find_queries(queries, files, file):
     """Names of images → their files. Raises UserError for one that is not among the files."""
     by_name = names_of(files)
-    return [find_name(query.strip(), by_name, file) for query in queries]
+    return [find_name(_bare(query), by_name, file) for query in queries]
+
+
+def _bare(query):
+    return query.rstrip(", ").strip()
 
 
 def class_numbers(classes):
-    """→ {class: number}, as the challenge numbers its classes; any others in the order of the names."""
-    known = list(ENTREP_PROMPTS)
-    return {name: known.index(name) if set(classes) <= set(known) else i for i, name in enumerate(sorted(classes))}
+    """→ {class: number}, as the challenge numbers its classes. Raises UserError for one that it does not know."""
+    known = {plain_name(name): number for number, name in enumerate(ENTREP_PROMPTS)}
+    unknown = [name for name in classes if plain_name(name) not in known]
+    if unknown:
+        raise UserError(
+            f"the run has the class {unknown[0]!r}, for which the ENTRep challenge has no number; use a run of its "
+            f"classes with --queries: {', '.join(ENTREP_PROMPTS)}"
+        )
+    return {name: known[plain_name(name)] for name in classes}
 
 
 def zip_submission(answers, name, file):

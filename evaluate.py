@@ -10,7 +10,6 @@ images, from another hospital, say; their classes should be named as the run's a
     … its match      only the one image that the data set names as the query's match is relevant (ENTRep's i2i.json)
 """
 
-import re
 import sys
 from dataclasses import replace
 
@@ -33,7 +32,7 @@ from metrics import (
     retrieval_intervals,
     retrieval_metrics,
 )
-from prompts import NO_WORD
+from prompts import plain_name
 from runs import find_run
 from split_file import read_split, trained_images
 from splits import scored_split
@@ -188,15 +187,11 @@ def interval_of(results, key):
 def other_samples(data, run, metadata):
     """--data → labelled samples, and a note if the run was trained on some of them. Labels may be written in another
     way than the run's classes: ear_left, Ear Left. Raises UserError where they are missing or unknown to the run."""
-
-    def plain(name):
-        return re.sub(NO_WORD, "-", name.casefold())
-
     samples, spelling = find_samples(data, metadata, run), {}
     for name in metadata.classes:
-        spelling.setdefault(plain(name), []).append(name)
+        spelling.setdefault(plain_name(name), []).append(name)
     for i, sample in enumerate(samples):
-        same = spelling.get(plain(sample.label or ""), [])
+        same = spelling.get(plain_name(sample.label or ""), [])
         if sample.label not in metadata.classes and len(same) == 1:
             samples[i] = replace(sample, label=same[0])
     bare = next((sample.image for sample in samples if sample.label is None), None)

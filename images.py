@@ -194,6 +194,8 @@ def augment(image, size, rng, flip, frame="crop"):
     if frame == "field":
         image = crop_to_field(image)
     if frame in ("pad", "field"):
+        if max(image.size) ** 2 > LARGEST:  # a thread, whose square would fill the memory
+            image = image.reduce(math.ceil(max(image.size) / LARGEST**0.5))
         image = ImageOps.pad(image, (max(image.size),) * 2)
     scale, aspect = rng.uniform(0.5, 1) ** 0.5, rng.uniform(3 / 4, 4 / 3) ** 0.5
     across, down = image.size if frame == "squash" else (min(image.size),) * 2

@@ -9,15 +9,14 @@ PEFT can do beside them (DoRA, trained biases, ranks that differ from layer to l
 Source: PEFT's LoraConfig, and the files that its save_pretrained writes.
 """
 
-import json
 import re
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoint import HUGGING_FACE, WEIGHTS, refuse_odd, save_tensors, translate
+from checkpoint import HUGGING_FACE, WEIGHTS, fingerprint, refuse_odd, save_tensors, translate
 from errors import UserError, reason
 from files import read_json, write_json
 from lora import LoRALinear
@@ -30,22 +29,11 @@ HUB = {  # base models by their names on Hugging Face
     "openai/clip-vit-large-patch14-336": "clip-vit-l-14-336",
     "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": "clip-vit-b-16-laion",
 }
-# What may be said, beside nothing, of what changes the adapter or other weights.
-PLAIN = {"bias": "none", "layers_pattern": "layers", "init_lora_weights": True, "task_type": "FEATURE_EXTRACTION"}
-CHANGES = (
-    "use_dora",
-    "bias",
-    "lora_bias",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "exclude_modules",
-    "layers_to_transform",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-)
+# Keys that are read, or that change nothing beside the ones that are. All others must be off, or have these values.
+READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "base_model_name_or_path", "lora_dropout"}
+READ |= {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "layers_pattern"}
+READ |= {"megatron_core", "qalora_group_size"}
+ACCEPTED = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
 def base_of(folder):
@@ -62,15 +50,18 @@ def base_of(folder):
 
 
 def merge_adapter(clip, folder):
-    """Add an adapter to the weights of the `CLIP` that it was trained on → its tensors. Raises UserError where it does
-    not fit, or has what we can't represent."""
+    """Add an adapter to the weights of the `CLIP` that it was trained on → the hash of both. Raises UserError where it
+    does not fit, or has what we can't represent."""
     config, file = _config(folder), folder / TENSORS
     try:
-        with open(file, "rb"):
-            tensors = load_file(file)
+        with open(file, "rb"), safe_open(file, "pt") as f:
+            tensors, about = load_file(file), f.metadata() or {}
     except (OSError, SafetensorError, ValueError, RuntimeError) as problem:
         raise UserError(f"cannot read {file} ({reason(problem)}); get it again") from None
     refuse_odd(tensors, file)
+    base = fingerprint(clip.state_dict())
+    if about.get("base", base) != base:  # as `save_adapter` writes it
+        raise UserError(f"{file} was trained on another base model than the one in {folder}; put its own there")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not (_number(rank) and isinstance(rank, int) and _number(alpha)):
         raise UserError(f"{folder / CONFIG} says r = {rank!r} and lora_alpha = {alpha!r}; get it again")
@@ -100,12 +91,12 @@ def merge_adapter(clip, folder):
             if "lora_A" in name:
                 A, B = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()
                 layers[name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]].weight += scaling * (B @ A)
-    return tensors
+    return fingerprint({f"{base} {scaling}": torch.zeros(0), **tensors})
 
 
-def save_adapter(clip, settings, folder, base_name, fingerprint):
+def save_adapter(clip, settings, folder, base_name, base):
     """Write the adapters of a `CLIP`, not merged ones, as PEFT does. base_name: of the base model, a path or a name on
-    Hugging Face; fingerprint: of its weights, kept beside the tensors."""
+    Hugging Face; base: the fingerprint of its weights, kept beside the tensors."""
     tensors, layers = {}, []
     for name, layer in clip.named_modules():
         if isinstance(layer, LoRALinear):
@@ -125,7 +116,7 @@ def save_adapter(clip, settings, folder, base_name, fingerprint):
         "target_modules": layers,
     }
     write_json(folder / CONFIG, config)
-    save_tensors(tensors, folder / TENSORS, {"format": "pt", "base": json.dumps(fingerprint)})
+    save_tensors(tensors, folder / TENSORS, {"format": "pt", "base": base})
 
 
 def _config(folder):
@@ -133,8 +124,8 @@ def _config(folder):
     config, file = read_json(folder / CONFIG), folder / CONFIG
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file} describes no LoRA adapter; use another")
-    for name in CHANGES:
-        if config.get(name) not in (None, False, [], {}, PLAIN.get(name)):
+    for name in config.keys() - READ:
+        if config[name] not in (None, False, [], {}, *ACCEPTED.get(name, ())):
             raise UserError(
                 f"{file} says {name} = {str(config[name])[:100]}, which our model cannot represent; use another adapter"
             )

@@ -115,6 +115,11 @@ def _read(file):
     return {unicodedata.normalize("NFC", name.strip()): texts for name, texts in own.items()}
 
 
+def plain_name(name):
+    """A class's name as it is compared: ear_left and Ear Left are the same."""
+    return re.sub(NO_WORD, "-", name.casefold())
+
+
 def main():
     """Zero-shot classification of phantoms with the small CLIP, by several wordings of the same classes."""
     import torch

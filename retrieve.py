@@ -212,6 +212,9 @@ def parse_arguments():
         raise UserError(
             f"--embeddings cannot write {args.embeddings}; give it a name that ends in .npz or .safetensors"
         )
+    folder = args.embeddings and args.embeddings.parent
+    if folder and (not folder.is_dir() or (folder / "adapter.safetensors").exists()):
+        raise UserError(f"--embeddings cannot write into {folder}; name a folder that exists and is no run's")
     if args.mix is not None and not (args.text and args.image):
         raise UserError("--mix needs both --text and --image; leave it out, or add the other")
     args.mix = 0.5 if args.mix is None else args.mix

@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from build import Metadata, load_trained
+from build import Metadata, check_config, load_trained
 from checkpoint import read_safetensors, write_safetensors
 from data import load_dataset
 from errors import UserError
@@ -201,6 +201,7 @@ def resume(run, saved, metadata, model, optimization, device):
             f"{metadata.settings.weights} holds other weights than when {run} was begun; name those by --weights, or "
             "train a new run"
         )
+    check_config(run, saved.metadata.base["config"], metadata.base["config"], metadata.settings.weights)
     prefix = "model."
     trained = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
     load_trained(model, trained, run / "last.safetensors")

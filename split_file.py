@@ -7,8 +7,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from checkpoint import read_safetensors
 from data import COLUMNS, Sample, join_rows
-from errors import UserError, reason
+from errors import UserError, counted, reason
 from files import read_bytes, write_text
 
 
@@ -77,6 +78,20 @@ def hash_of(splits):
             row = (name, s.image.name, s.image.stat().st_size, s.label, s.captions, s.group)
             digest.update(repr(row).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def describe_seen(weights, splits):
+    """→ a line about held-out images that the run which --weights names, or one that it started from, was trained on;
+    or nothing."""
+    trained, visited = set(), set()
+    while weights not in visited and (Path(weights) / "adapter.safetensors").is_file():
+        visited.add(weights)
+        trained |= trained_images(Path(weights))
+        weights = read_safetensors(Path(weights) / "adapter.safetensors")[1].get("base", {}).get("weights", "")
+    seen = sum(sample.image.resolve() in trained for name in ("val", "test") for sample in splits[name])
+    what = f"{counted(seen, 'held-out image')} of those that the run named by --weights was trained on"
+    advice = "the figures, most of all those before training, are too good; use the same --split and --seed as then"
+    return f"note: {what}: {advice}\n" if seen else ""
 
 
 def trained_images(run):

@@ -32,7 +32,7 @@ def split_dataset(samples, how="auto", seed=0, fraction=0.2, fold=None, duplicat
 
     duplicates: lists of images that show the same picture (`images.find_duplicates`), which are kept on one side. Where
     the manifest has them on several, the later ones of train, val and test are left out. So are an image and its match,
-    unless the manifest says otherwise: a search of the held-out images should be able to find it.
+    unless there is a test part: a search of the held-out images should be able to find it.
 
     Raises UserError where the labels do not allow training.
     """

@@ -48,7 +48,7 @@ from prompts import class_prompts
 from runs import State, check_unused, claimed, keep, log, new_folder, read_saved, resume, unfinished_run
 from settings import Settings, add_settings, given_settings, refuse_idle
 from sides import describe_flips, mirror_classes
-from split_file import hash_of, write_split
+from split_file import describe_seen, hash_of, write_split
 from splits import make_splits, scored_split
 from trust import remember, remember_images
 
@@ -177,7 +177,7 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
         state = resume(run, saved, metadata, model, optimization, device)
     else:
         state = State(zero_shot or figures(scored), hash_of(splits))
-        print(f"untrained, on {scored}:  {summary(state.zero_shot)}", flush=True)
+        print(f"before training, on {scored}:  {summary(state.zero_shot)}", flush=True)
     keep(run, metadata, state, optimization)
     log(run, state.step)
     (run / "metrics.json").unlink(missing_ok=True)  # of a finished training that is prolonged
@@ -215,6 +215,7 @@ def begin(args, device):
     print(overview)
     if settings.flip == "swap":
         print("\n".join(map(shown, describe_flips(mirror_classes(prompts), _captions(splits)))))
+    print(describe_seen(settings.weights, splits), end="")
     run = args.run or new_folder(settings)
     with claimed(run, new=True):
         remember(*(path for path in (settings.data, settings.weights) if os.path.isabs(path)))  # others are names

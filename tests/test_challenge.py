@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import mistake
+from PIL import Image
 
 import build
 import classify
@@ -18,6 +19,7 @@ import evaluate
 import phantom
 import retrieve
 import train
+from entrep import class_numbers
 from prompts import ENTREP_PROMPTS
 
 STRANGE = [
@@ -150,7 +152,17 @@ def test_queries_that_cannot_be_answered_are_one_line(challenge, run, script, tm
     (tmp_path / "empty.csv").write_text("\n\n")
     for tool, name in ((classify, "cls.csv"), (retrieve, "cls.csv")):
         assert "cls.csv names nowhere.png" in mistake(script(tool, "--queries", name, "--data", imgs, *common))
+    for lines in ("image\nTest0000.png\n", "Test0000.png\nTest0001\n"):  # a heading, a name without its ending
+        (tmp_path / "odd.csv").write_text(lines)
+        assert "which is not among the images" in mistake(
+            script(retrieve, "--queries", "odd.csv", "--data", imgs, *common)
+        )
+    (tmp_path / "latin.csv").write_bytes("dây".encode("latin-1", "replace") + b"\xe9\n")
+    assert "is not UTF-8" in mistake(script(retrieve, "--queries", "latin.csv", "--data", imgs, *common))
     assert "there are no queries" in mistake(script(retrieve, "--queries", "empty.csv", "--data", imgs, *common))
+    assert "ends in .zip" in mistake(
+        script(classify, "--queries", "cls.csv", "--zip", "a/b.zip", "--data", imgs, *common)
+    )
     assert "--zip has no effect" in mistake(script(classify, "--zip", "x.zip", "--data", imgs, *common))
     assert "--text has no effect with --queries" in mistake(
         script(retrieve, "--queries", "cls.csv", "--text", "a", *common)
@@ -165,3 +177,30 @@ def test_queries_that_cannot_be_answered_are_one_line(challenge, run, script, tm
     (tmp_path / "i2i.csv").write_text("b.png\nTEST0000.png\n")
     status, out, err = script(retrieve, "--queries", "i2i.csv", "--data", "one", *common)
     assert status == 1 and json.loads(out) == {"TEST0000.png": "c.png"} and "b.png" in err
+
+
+def test_the_challenges_numbers_are_given_whatever_the_spelling(trained, script, pictures, tmp_path):
+    names = {name.replace("-", "_").upper(): number for number, name in enumerate(ENTREP_PROMPTS)}
+    assert class_numbers(names) == names
+    (tmp_path / "cls.csv").write_text("0.png\n")
+    line = mistake(
+        script(classify, "--run", trained, "--queries", "cls.csv", "--data", pictures / "images/field-green")
+    )
+    assert "has the class 'field-green', for which the ENTRep challenge has no number" in line
+
+
+def test_images_of_one_name_in_two_folders_have_their_own_texts_and_matches(tmp_path):
+    for name in ("imgs/p1/x.png", "imgs/p2/x.png", "imgs/p1/z.png", "imgs/A.png", "imgs/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    labels = {"p1/x.png": 0, "p2/x.png": 1, "z.png": 2, "A.png": 3, "a.png": 4}
+    for name, content in (
+        ("cls", labels),
+        ("t2i", {"one": "p1/x.png", "two": "p2/x.png"}),
+        ("i2i", {"p1/x.png": "z.png"}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    samples = {s.image.relative_to(tmp_path / "imgs").as_posix(): s for s in data.load_dataset(tmp_path)}
+    assert samples["p1/x.png"].captions == ("one",) and samples["p2/x.png"].captions == ("two",)
+    assert samples["p1/x.png"].match.name == "z.png" and samples["p2/x.png"].match is None
+    assert [samples[name].label for name in ("A.png", "a.png")] == ["ear-left", "vc-open"]

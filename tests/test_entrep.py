@@ -61,6 +61,8 @@ def test_of_two_files_of_a_name_the_path_says_which(tmp_path):
     Image.new("RGB", (8, 8)).save(folder / "train/train/more/a.png")
     assert "a.png, of which there are two" in user_error(load_dataset, folder)
     labels = {"imgs/a.png": "nose-right", "more/a.png": "throat"}
+    (folder / "train/train/t2i.json").write_text(json.dumps({"a polyp": "imgs/a.png"}))
+    (folder / "train/train/i2i.json").unlink()
     (folder / "train/train/cls.json").write_text(json.dumps(labels))
     found = {sample.image.parent.name: sample.label for sample in load_dataset(folder)}
     assert found == {"imgs": "nose-right", "more": "throat", "images": "ear-left"}

@@ -15,11 +15,13 @@ from conftest import mistake, readme_code
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import ablate
 import build
 import classify
 import train
 from build import load_base, load_run, new_model, trained_parameters
 from checkpoint import load_clip, read_safetensors, write_safetensors
+from errors import UserError
 from images import load_image, preprocess
 from lora import merge_lora
 from settings import Settings
@@ -203,6 +205,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(base, pictures, script, tm
         (tmp_path / "adapter" / name).symlink_to(base / name)
     file, about = tmp_path / "adapter/adapter_model.safetensors", tmp_path / "adapter/adapter_config.json"
     tensors, config = load_file(file), json.loads(about.read_text())
+    shutil.copy(file, tmp_path / "original")
     key = next(iter(tensors))
 
     def refusal(config=config, tensors=tensors):
@@ -222,10 +225,20 @@ def test_adapters_that_do_not_fit_are_refused_by_name(base, pictures, script, tm
         ("bias", "all"),
         ("rank_pattern", {"q_proj": 3}),
         ("modules_to_save", ["x"]),
+        ("init_lora_weights", "pissa"),
+        ("alora_invocation_tokens", [5]),
+        ("of_tomorrow", 3),
     ):
         assert f"{name} = {value}" in refusal(config | {name: value})
     assert "describes no LoRA adapter" in refusal(config | {"peft_type": "IA3"})
     assert "r = 0" in refusal(config | {"r": 0})
+    other = {name: tensor + 0.1 for name, tensor in load_file(base / "model.safetensors").items()}
+    (tmp_path / "adapter/model.safetensors").unlink()
+    save_file(other, tmp_path / "adapter/model.safetensors")
+    about.write_text(json.dumps(config))
+    shutil.copy(tmp_path / "original", file)
+    arguments = ["--data", pictures / "images", "--weights", tmp_path / "adapter", "--steps", 1]
+    assert "trained on another base model than the one in" in mistake(script(train, *arguments))
     (tmp_path / "adapter/model.safetensors").unlink()
     assert "not its base model" in refusal()
     assert "download.py --model clip-vit-l-14" in refusal(
@@ -243,15 +256,18 @@ def test_exports_that_cannot_be_are_one_line(base, pictures, script, tmp_path, t
         return mistake(script(export, tmp_path / run, tmp_path / "out", "--format", form, "--weights", base, *extra))
 
     assert "--frame pad" in refusal("pad", "hf") and "--frame field" in refusal("field", "openai")
+    assert "has no adapters" in refusal("full", "peft") and not (tmp_path / "out").exists()
     assert "has no adapters" in refusal("full", "peft") and "--half has no effect" in refusal("pad", "peft", "--half")
     arguments = tmp_path / "second", tmp_path / "out", "--format", "peft", "--weights", trained
     assert "use --format hf" in mistake(script(export, *arguments))
     assert not list(tmp_path.glob("out/*model.safetensors"))
     assert script(export, tmp_path / "pad", tmp_path / "out", "--format", "openai", "--weights", base)[0] == 0
     assert "already holds weights" in refusal("pad", "openai")
+    assert "already holds weights" in mistake(script(export, tmp_path / "pad", tmp_path / "pad", "--weights", base))
+    assert "it is empty" in mistake(script(export, tmp_path / "pad", tmp_path / "x", "--weights", ""))
 
 
-def test_a_run_starts_from_another_with_other_classes(trained, pictures, tmp_path, script):
+def test_a_run_starts_from_another_with_other_classes(trained, base, pictures, tmp_path, script):
     old, _, before = load_run(trained, torch.device("cpu"))
     arguments = ["--data", pictures / "images", "--weights", trained, "--steps", 1, "--lr", 0, "--device", "cpu"]
     prompts = {name: [f"a {name}"] for name in before.classes} | {"another": ["something else", "another"]}
@@ -273,7 +289,20 @@ def test_a_run_starts_from_another_with_other_classes(trained, pictures, tmp_pat
     status, out, err = script(train, *third, "--run", tmp_path / "third")
     assert status == 0 and "which is left behind" in out, err
     load_run(tmp_path / "third", torch.device("cpu"))
-    tensors, info = read_safetensors(tmp_path / "second/adapter.safetensors")
-    write_safetensors(tmp_path / "second/adapter.safetensors", tensors | {"head": tensors["head"] + 1}, info)
-    with pytest.raises(Exception, match="other base weights"):
-        load_run(tmp_path / "third", torch.device("cpu"))
+    second = tmp_path / "second/adapter.safetensors"
+    tensors, info = read_safetensors(second)
+    louder = {**info, "settings": {**info["settings"], "lora_alpha": 99.0}}
+    for changed in ((tensors | {"head": tensors["head"] + 1}, info), (tensors, louder)):
+        write_safetensors(second, *changed)
+        with pytest.raises(UserError, match="other base weights"):
+            load_run(tmp_path / "third", torch.device("cpu"))
+    write_safetensors(second, tensors, info)
+    note = "of those that the run named by --weights was trained on"
+    fresh = ["--data", pictures / "images", "--steps", 1, "--weights"]
+    assert note not in script(train, *fresh, base, "--run", tmp_path / "first")[1]
+    assert note not in script(train, *fresh, tmp_path / "first", "--run", tmp_path / "next")[1]  # the same split
+    other = ["--data", pictures / "images", "--weights", tmp_path / "second", "--steps", 1, "--seed", 5]
+    assert note in script(train, *other)[1]
+    (tmp_path / "second/metrics.json").unlink()
+    assert "is not finished" in mistake(script(train, *third))
+    assert "is a run" in mistake(script(ablate, *other[:-2], "--seeds", 0))

@@ -155,6 +155,47 @@ def test_what_transformers_can_and_we_cannot_is_refused_by_name(tmp_path, file, 
     assert str(tmp_path / file) in message and says in message
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "text, vision, changes",
+    [
+        (
+            {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 8},
+            {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 12},
+            ["text_config.num_attention_heads", "vision_config.num_attention_heads"],
+        ),
+        ({}, {}, ["text_config.hidden_act", "vision_config.layer_norm_eps"]),
+    ],
+)
+def test_what_a_configuration_leaves_out_has_transformers_defaults(tmp_path, text, vision, changes):
+    save_theirs(tmp_path, text, vision)
+    for path in changes:
+        part, name = path.split(".")
+        content = json.loads((tmp_path / "config.json").read_text())
+        content[part].pop(name, None)
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    ours, pixels, ids = load_clip(tmp_path), torch.randn(2, 3, 32, 32), tokens()
+    assert_near(ours.encode_image(pixels), theirs.get_image_features(pixels).pooler_output)
+    assert_near(ours.encode_text(ids), theirs.get_text_features(ids).pooler_output)
+
+
+def test_old_files_say_it_twice_and_the_second_counts(tmp_path):
+    save_theirs(tmp_path, {"hidden_act": "gelu"}, {"hidden_act": "gelu"})
+    content = json.loads((tmp_path / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        content[f"{part}_dict"] = {k: v for k, v in content[part].items() if k != "hidden_act"}  # then the default
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_clip(tmp_path).config.activation == "quick_gelu"
+
+
+def test_transformers_newer_processor_files_are_read(tmp_path):
+    _, processor = save_theirs(tmp_path, image_mean=[0.1, 0.2, 0.3])
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": processor.to_dict()}))
+    assert load_clip(tmp_path).config.preprocessing.mean == (0.1, 0.2, 0.3)
+
+
 @pytest.mark.parametrize(
     "path, value, says",
     [
@@ -193,7 +234,17 @@ def test_switches_that_are_off_change_nothing(tmp_path):
         ("timm_pool", "avg"),
     ):
         change(tmp_path / "open_clip_config.json", f"model_cfg.vision_cfg.{name}", value)
+    change(tmp_path / "open_clip_config.json", "model_cfg.nonscalar_logit_scale", False)
     assert load_clip(tmp_path).config == load_clip(OPEN_CLIP / "squash").config
+    for content in ({}, {"embed_dim": 24, "quick_gelu": True}):  # open_clip's own model files
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+        assert "has no model_cfg" in loading_error(tmp_path)
+    heads = {"model_cfg": {"vision_cfg": {"head_width": 20}, "text_cfg": {"heads": 7}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(heads))
+    assert "text_cfg.heads = 7, which does not divide" in loading_error(tmp_path)
+    del heads["model_cfg"]["vision_cfg"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(heads | {"model_cfg": {"text_cfg": {"heads": 4}}}))
+    assert "leaves out model_cfg.vision_cfg.head_width, which does not divide" in loading_error(tmp_path)
 
 
 def test_wide_models_need_their_configuration(tmp_path, capsys):

@@ -496,6 +496,12 @@ def test_padding_and_squashing_keep_the_whole_picture():
 
 
 @pytest.mark.parametrize("frame", FRAMES)
+def test_a_thread_does_not_fill_the_memory(frame):
+    image = Image.new("RGB", (60_000, 12), "red")
+    assert augment(image, 32, random.Random(0), True, frame).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
 def test_an_augmented_picture_shows_what_its_frame_shows(frame):
     """Left red, right blue, in the middle green: a crop of the middle has hardly red or blue."""
     image = Image.new("RGB", (400, 100), "lime")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1]))
 from build import encode_images, load_run
-from checkpoint import HUGGING_FACE, NAMES, OPENAI, base_folder, save_clip, write_safetensors
-from cli import Parser, add_machine_flags, file_path, find_device
+from checkpoint import HUGGING_FACE, OPENAI, base_folder, save_clip, write_safetensors
+from cli import Parser, add_machine_flags, file_path, find_device, typed
 from clip_config import RESAMPLE, RESIZE_MODES
 from data import load_dataset
 from errors import UserError, run_script, shown
@@ -33,6 +33,7 @@ from trust import find_data, follow_images
 
 EXTRA = "fusion_head.safetensors"
 WEIGHTS = {"hf": "model.safetensors", "peft": TENSORS, "openai": "open_clip_model.safetensors"}
+TAKEN = (*WEIGHTS.values(), "adapter.safetensors", "last.safetensors")  # what no second export may stand beside
 
 
 def to_transformers(config):
@@ -132,17 +133,16 @@ def export_tokenizer(tokenizer, context_length, folder):
     write_json(folder / "tokenizer_config.json", about | special)
 
 
-def export_adapter(model, metadata, folder, run):
-    """Write the adapters. Raises UserError where there are none, or nothing that PEFT could load them onto."""
-    settings, base = metadata.settings, metadata.base["weights"]
-    if settings.full or not settings.lora_rank:
-        raise UserError(f"{run} has no adapters; use --format hf")
+def name_of_base(metadata, base, run):
+    """→ what PEFT calls the base model. Raises UserError where a run has no adapters, or nothing that PEFT could load
+    them onto."""
+    if metadata.settings.full or not metadata.settings.lora_rank:
+        raise UserError(f"{run} has no adapters; use --format hf or openai")
     path = base_folder(base)
     if any((path / name).is_file() for name in ("adapter.safetensors", CONFIG)):
-        raise UserError(f"{run} was trained on {base}, which is no CLIP file but has adapters itself; use --format hf")
+        raise UserError(f"{run} was trained on {base}, which has adapters itself; use --format hf or openai")
     on_hub = {ours: theirs for theirs, ours in HUB.items()}
-    name = on_hub.get(base) if base in NAMES else None
-    save_adapter(model.clip, settings, folder, name or str(path.resolve()), metadata.base["fingerprint"])
+    return on_hub[base] if base in on_hub else str(path.resolve())
 
 
 def export_extra(model, metadata, folder):
@@ -177,24 +177,26 @@ def main():
     parser.add_argument("folder", type=file_path, help="where to write")
     parser.add_argument("--format", choices=tuple(WEIGHTS), default="hf", help="whose files to write")
     parser.add_argument("--half", action="store_true", help="weights in float16, half as large")
-    parser.add_argument("--weights", help="where the run's base model is, should it have moved")
-    parser.add_argument("--data", help="where its images are, should they have moved")
+    parser.add_argument("--weights", type=typed(str), help="where the run's base model is, should it have moved")
+    parser.add_argument("--data", type=typed(str), help="where its images are, should they have moved")
     add_machine_flags(parser)
     args = parser.parse_args()
     if args.half and args.format == "peft":
         raise UserError("--half has no effect with --format peft; leave it out")
-    file = args.folder / WEIGHTS[args.format]
-    if file.exists():
-        raise UserError(f"{args.folder} already holds weights, {file.name}; choose another folder")
+    taken = [name for name in TAKEN if (args.folder / name).exists()]
+    if taken:
+        raise UserError(f"{args.folder} already holds weights, {taken[0]}; choose another folder")
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
     config = model.clip.config
     described = {"hf": to_transformers, "openai": to_open_clip}.get(args.format, lambda config: None)(config)
+    base = name_of_base(metadata, args.weights or metadata.base["weights"], run) if args.format == "peft" else None
+    file = args.folder / WEIGHTS[args.format]
     make_folder(args.folder)
     export_extra(model, metadata, args.folder)
     distance = compare_fused(model, metadata, run, args.data, device, args.workers) if model.fusion is not None else ""
     if args.format == "peft":
-        export_adapter(model, metadata, args.folder, run)
+        save_adapter(model.clip, metadata.settings, args.folder, base, metadata.base["fingerprint"])
     else:
         if args.format == "hf":
             export_tokenizer(tokenizer, config.context_length, args.folder)
