@@ -261,7 +261,7 @@ def test_sigterm_ends_like_an_interruption(pictures, base, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
     for line in process.stdout:
-        if line.startswith("untrained"):
+        if line.startswith("before training"):
             break
     while not (tmp_path / "run/last.safetensors").exists():
         pass
