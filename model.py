@@ -166,7 +166,12 @@ class TextTransformer(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width = config.text_width
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        empty = torch.empty(config.vocab_size, width)
+        # nn.Embedding draws random numbers. On the meta device, where checkpoint.py builds models whose numbers come
+        # from a file, that would import PyTorch's compiler, which takes over a second.
+        self.token_embedding = (
+            nn.Embedding.from_pretrained(empty, freeze=False) if empty.is_meta else nn.Embedding(*empty.shape)
+        )
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, width))
         block = (width, config.text_head_width, True, config.activation, config.norm_eps)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(config.text_layers))

@@ -1,17 +1,15 @@
 """Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
 
 import json
-import os
 import sys
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from build import describe_cut, encode_batches, encode_images, encode_texts, load_run
-from checkpoint import fingerprint, read_safetensors, save_tensors, write_safetensors
+from build import describe_cut, encode_images, encode_texts, load_run
+from checkpoint import save_tensors
 from cli import (
     Parser,
     add_query_flags,
@@ -25,91 +23,14 @@ from cli import (
     typed,
 )
 from entrep import find_queries, name_images, read_queries, zip_submission
-from errors import UserError, reason, run_script, shown
-from files import sha256, whole
+from errors import UserError, run_script, shown
+from files import whole
 from images import IMAGE_SUFFIXES, load_image
+from index import index_images
 from kernels import slerp, top_k
 from pictures import contact_sheet
 from runs import find_run
 from trust import find_samples
-
-
-def index_images(run, model, files, device, batch_size, workers):
-    """Image files → those that can be read, their (N, embed_dim) embeddings, and {file that cannot: why}.
-
-    Embeddings are kept in the run's index.safetensors by the hash of a file's content, so that a moved or copied image
-    need not be encoded again. A file is read for its hash only if its path, its size, or its time of modification or of
-    status change differs from the index. The last of these changes with any change of the file, and programs cannot set
-    it back. The index also holds the model's fingerprint: another model makes it anew.
-    """
-    index, key = run / "index.safetensors", fingerprint(model.state_dict())
-    hashes, known = _read_index(index, key, model.clip.config.embed_dim)  # {stamp: content's hash}, {hash: embedding}
-    stamps, bad, before = {}, {}, len(hashes)
-    for file in files:
-        try:
-            stamp = _stamp(file)
-            hashes[stamp] = hashes.get(stamp) or _hash(file)
-            stamps[file] = stamp
-        except OSError as problem:
-            bad[file] = f"cannot read the image {file} ({reason(problem)}); repair it or move it away"
-    new = [file for file, stamp in stamps.items() if hashes[stamp] not in known]
-    saved = time.monotonic()
-    try:
-        for batch, features in encode_batches(model, new, device, batch_size, workers, "indexing", bad):
-            known |= {hashes[stamps[file]]: row for file, row in zip(batch, features, strict=True)}
-            if time.monotonic() - saved > 60:
-                _write_index(index, key, hashes, known, stamps)
-                saved = time.monotonic()
-    finally:  # an interrupted index keeps what it has
-        if new or len(hashes) > before:
-            _write_index(index, key, hashes, known, stamps)
-    good = [file for file, stamp in stamps.items() if hashes[stamp] in known]
-    if not good:
-        raise UserError(f"none of the {len(files):,} images can be read, {next(iter(bad.values()))}")
-    return good, torch.stack([known[hashes[stamps[file]]] for file in good]), bad
-
-
-def _stamp(file):
-    """What can be known of a file without reading it, hashable."""
-    status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _hash(file):
-    if not file.is_file():  # a pipe may never end
-        raise OSError("it is no file")
-    return sha256(file)
-
-
-def _read_index(file, key, width):
-    """→ {stamp: hash}, {hash: embedding}; both are empty where the index is missing, damaged or of another model."""
-    try:
-        tensors, info = read_safetensors(file)
-        known = dict(zip(info["hashes"], tensors["features"], strict=True))
-        hashes = {(str(path), *map(int, numbers)): content for path, *numbers, content in info["images"]}
-        if info["model"] == key and known.keys() >= set(hashes.values()) and tensors["features"].shape[1] == width:
-            return hashes, known
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
-        pass
-    return {}, {}
-
-
-def _write_index(file, key, hashes, known, stamps):
-    """Images of other galleries stay in the index; those that are gone or have changed are dropped."""
-    now = {stamp[0]: stamp for stamp in stamps.values()}
-    kept = {}
-    for stamp, content in hashes.items():
-        current = now[stamp[0]] == stamp if stamp[0] in now else os.path.exists(stamp[0])
-        if current and content in known:
-            kept[stamp] = content
-    contents = list(dict.fromkeys(kept.values()))
-    if contents:
-        features = torch.stack([known[content] for content in contents])
-        images = [[*stamp, content] for stamp, content in kept.items()]
-        try:
-            write_safetensors(file, {"features": features}, {"model": key, "hashes": contents, "images": images})
-        except UserError as problem:  # the search needs no index
-            print(f"note: {problem}", file=sys.stderr)
 
 
 def embed_query(model, tokenizer, text, image, mix, device):
@@ -125,8 +46,8 @@ def embed_query(model, tokenizer, text, image, mix, device):
 def search(model, classes, samples, gallery, query, top):
     """The images most similar to the query → a dict each, best first: rank, score (the cosine), image, class (None
     where unknown), predicted class, captions."""
-    scores, indices = top_k(query, gallery, top)
-    found = gallery[indices[0]].to(next(model.parameters()).device)
+    scores, indices = top_k(query, gallery, top, unit_rows=True)
+    found = gallery[indices[0]].float().to(next(model.parameters()).device)
     with torch.inference_mode():
         predicted = model.classify(found).argmax(1).tolist()
     results = []
@@ -145,18 +66,18 @@ def answer_queries(queries, file, model, tokenizer, files, gallery, device):
             raise UserError("there is no other image to find; name more of them by --data")
         place = {image: i for i, image in enumerate(files)}
         own = torch.tensor([place[image] for image in find_queries(queries, files, file)])
-        _, found = top_k(gallery[own], gallery, 2)
+        _, found = top_k(gallery[own], gallery, 2, unit_rows=True)
         found = torch.where(found[:, 0] == own, found[:, 1], found[:, 0])
     else:
         print(describe_cut(tokenizer, queries, model.clip.config.context_length), end="", file=sys.stderr)
-        found = top_k(encode_texts(model, tokenizer, queries, device), gallery, 1)[1][:, 0]
+        found = top_k(encode_texts(model, tokenizer, queries, device), gallery, 1, unit_rows=True)[1][:, 0]
     return {query: files[i].name for query, i in zip(queries, found.tolist(), strict=True)}
 
 
 def write_embeddings(file, files, gallery):
     """Write the images' paths and unit embeddings: .npz with the arrays `paths` and `embeddings`, or .safetensors with
     the paths in its metadata, as a JSON list."""
-    paths, embeddings = [str(path.resolve()) for path in files], F.normalize(gallery, dim=1)
+    paths, embeddings = [str(path.resolve()) for path in files], F.normalize(gallery.float(), dim=1)
     if file.suffix.lower() == ".npz":
         with whole(file) as temporary, open(temporary, "wb") as out:
             np.savez(out, paths=np.array(paths), embeddings=embeddings.numpy())

@@ -2,7 +2,7 @@
 
     contrastive_loss(image_features, text_features, scale, image_labels=None, text_labels=None)   → scalar
     slerp(a, b, t)                                                                                → (N, D), unit length
-    top_k(queries, gallery, k)                                                                    → values, indices
+    top_k(queries, gallery, k, unit_rows=False)                                                   → values, indices
 
 `reference.py` and `search.py` have the plain PyTorch version of each, whose docstrings are the definitions. On NVIDIA
 GPUs of compute capability 8.0 and up, whose tensor cores Triton uses, all three run in Triton: `triton_contrastive.py`,
@@ -47,12 +47,12 @@ def slerp(a, b, t):
     return run(a, b, t)
 
 
-def top_k(queries, gallery, k):
+def top_k(queries, gallery, k, unit_rows=False):
     if on_triton(queries, gallery):
         from kernels.triton_search import top_k as run
     else:
         run = search.top_k
-    return run(queries, gallery, k)
+    return run(queries, gallery, k, unit_rows)
 
 
 contrastive_loss.__doc__, slerp.__doc__ = reference.contrastive_loss.__doc__, reference.slerp.__doc__

@@ -1,4 +1,9 @@
-"""Top-k search in plain PyTorch: the gallery is read once, strip by strip, and never copied or compared all at once."""
+"""Top-k search in plain PyTorch: the gallery is read once, strip by strip, and never copied or compared all at once.
+
+A strip is small enough to stay in the processor's cache while it is turned into float32 and multiplied. So a gallery in
+float16, which is half as long to read, is searched faster than one in float32, although float16 itself is multiplied
+slowly on most CPUs. `python tests/benchmarks/search.py` measures it.
+"""
 
 import sys
 from pathlib import Path
@@ -8,7 +13,10 @@ import torch
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
-from kernels.reference import at_least_float32, strips, unit
+from kernels.reference import at_least_float32, inverse_norm, unit
+
+STRIP = 2**19  # entries converted at once: 2 MiB of float32
+MERGE = 64  # strips whose cosines are put together before the best are looked for
 
 
 def best_so_far(parts, k):
@@ -32,19 +40,30 @@ def check_search(queries, gallery):
         raise ValueError(f"expected (Q, D) and (N, D), got {tuple(queries.shape)} and {tuple(gallery.shape)}")
 
 
+def cosines_of_strips(queries, gallery, unit_rows):
+    """Yield the first row of a few strips and their cosines with unit queries, (Q, n)."""
+    step = max(1, STRIP // max(queries.shape))
+    for first in range(0, len(gallery), MERGE * step):
+        some = gallery[first : first + MERGE * step]
+        cosines = queries.new_empty(len(queries), len(some))
+        for i in range(0, len(some), step):
+            strip = at_least_float32(some[i : i + step]).to(queries.dtype)
+            product = queries @ strip.T
+            cosines[:, i : i + step] = product if unit_rows else product * inverse_norm(strip).T
+        yield first, cosines
+
+
 @torch.no_grad()
-def top_k(queries, gallery, k):
+def top_k(queries, gallery, k, unit_rows=False):
     """The k gallery rows most similar to each query, best first: (Q, D), (N, D) → cosines (Q, k), indices (Q, k).
     k is cut to N. The gallery is read once, strip by strip, and neither copied nor compared all at once. There are no
-    gradients. Raises ValueError where the shapes do not fit."""
+    gradients. unit_rows: its rows have unit length already, which saves time. Raises ValueError where the shapes do not
+    fit."""
     check_search(queries, gallery)
-    queries, longer = unit(at_least_float32(queries)), max(queries.shape)
+    queries = unit(at_least_float32(queries))
     with torch.autocast(queries.device.type, enabled=False):
-        parts = (
-            (rows.start, queries @ unit(at_least_float32(gallery[rows])).T) for rows in strips(len(gallery), longer)
-        )
         nothing = queries.new_empty(len(queries), 0)
-        return best_so_far(parts, k) or (nothing, nothing.long())
+        return best_so_far(cosines_of_strips(queries, gallery, unit_rows), k) or (nothing, nothing.long())
 
 
 def main():

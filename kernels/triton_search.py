@@ -68,9 +68,9 @@ def cosines(queries, gallery):
 
 
 @torch.no_grad()
-def top_k(queries, gallery, k):
+def top_k(queries, gallery, k, unit_rows=False):
     """As `kernels.search.top_k`, on the GPU. The gallery is float32, float16 or bfloat16; only one whose rows are
-    not contiguous is copied."""
+    not contiguous is copied. Unit rows are measured all the same, which costs nothing here."""
     search.check_search(queries, gallery)
     queries, gallery = unit(queries.float()).contiguous(), gallery.contiguous()
     if not len(queries) or not len(gallery):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import contrastive_loss, reference, slerp, top_k
+from kernels import contrastive_loss, reference, search, slerp, top_k
 
 examples = settings(deadline=None, max_examples=50, derandomize=True)
 
@@ -592,7 +592,8 @@ def sorted_cosines(queries, gallery):
 def test_top_k_equals_a_full_sort(Q, N, D, k, entries):
     queries, gallery = randn(Q, D), randn(N, D, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "CHUNK", entries)
+        patch.setattr(search, "STRIP", entries)
+        patch.setattr(search, "MERGE", 3)
         values, indices = top_k(queries, gallery, k)
     expected = sorted_cosines(queries, gallery)
     assert values.shape == indices.shape == (Q, min(k, N)) and indices.dtype == torch.int64
@@ -611,6 +612,15 @@ def test_top_k_ignores_lengths_and_computes_in_float32(dtype):
     assert torch.equal(indices, expected.indices[:, :7])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_unit_rows_need_not_be_measured(dtype):
+    queries, gallery = randn(5, 48).float(), F.normalize(randn(400, 48, seed=1), dim=1).to(dtype)
+    values, indices = top_k(queries, gallery, 9, unit_rows=True)
+    plain = F.normalize(queries.double(), dim=1) @ gallery.double().T
+    torch.testing.assert_close(values, plain.topk(9).values.float(), rtol=0, atol=1e-6)
+    assert torch.equal(indices, plain.topk(9).indices)
+
+
 def test_top_k_gives_tied_items_once_each(chunk):
     gallery = randn(4, 8).repeat(5, 1)
     values, indices = top_k(randn(6, 8, seed=1), gallery, 12)
@@ -627,7 +637,8 @@ def test_top_k_of_nothing_is_empty():
 
 
 def test_top_k_holds_no_matrix(monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK", 2**12)
+    monkeypatch.setattr(search, "STRIP", 2**12)
+    monkeypatch.setattr(search, "MERGE", 2)
     with LargestTensor() as largest:
         top_k(randn(512, 16), randn(512, 16, seed=1), 3)
     assert largest.elements <= 512 * 16

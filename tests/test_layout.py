@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Each row may import from its own and from those below it; a script is imported by nobody, with two exceptions.
 LAYERS = [
     {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
-    {"runs", "build", "optimization", "settings", "pictures", "cli"},
+    {"runs", "build", "optimization", "settings", "pictures", "cli", "index"},
     {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
     {"model", "tokenizer", "prompts", "images", "sides", "kernels", "metrics", "phantom"},
     {"files", "errors"},
@@ -77,6 +77,14 @@ def test_files_and_functions_are_short(file):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_a_search_does_not_import_the_compiler():
+    """Over a second, for nothing."""
+    code = "import sys, build, retrieve; build.load_base('phantom'); print('torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr
 
 
 @pytest.mark.parametrize("module", sorted(LEVEL))

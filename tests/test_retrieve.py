@@ -15,6 +15,7 @@ from safetensors import safe_open
 from shapes import SHAPES, draw
 
 import build
+import index
 import retrieve
 import train
 from checkpoint import read_safetensors
@@ -55,13 +56,13 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
         for i in range(3):
             (gallery / label / f"{i}.png").write_bytes((pictures / "images" / label / f"{i}.png").read_bytes())
     assert script(train, "--data", gallery, "--weights", base, "--steps", 1, "--run", "runs/a")[0] == 0
-    encoded, encode = [], retrieve.encode_batches
+    encoded, encode = [], index.encode_batches
 
     def counted(model, files, *rest):
         encoded.append([file.name for file in files])
         return encode(model, files, *rest)
 
-    monkeypatch.setattr(retrieve, "encode_batches", counted)
+    monkeypatch.setattr(index, "encode_batches", counted)
 
     def search():
         encoded.clear()
@@ -134,7 +135,7 @@ def test_embeddings_serve_other_programs(script, trained, pictures, tmp_path):
     model, _, _ = build.load_run(trained, torch.device("cpu"))
     expected = F.normalize(build.encode_images(model, paths, torch.device("cpu"), 8, 0), dim=1)
     assert len(set(paths)) == 18 and all(Path(path).is_absolute() for path in paths)
-    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+    np.testing.assert_allclose(embeddings, expected, atol=3e-4)  # kept in float16
 
     files["out.npz"].rename("images.npz")
     found = {}

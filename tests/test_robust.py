@@ -22,6 +22,7 @@ from PIL import Image, ImageCms
 
 import classify
 import evaluate
+import index
 import retrieve
 import train
 from checkpoint import read_safetensors, write_safetensors
@@ -142,7 +143,7 @@ def search(script, trained, pictures, tmp_path, monkeypatch):
     """→ a function that searches a copy of the pictures with a copy of the run: results, and which were encoded."""
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("index.safetensors"))
     shutil.copytree(pictures / "images", tmp_path / "gallery")
-    encode = retrieve.encode_batches
+    encode = index.encode_batches
 
     def counted(model, files, *rest):
         for batch, features in encode(model, files, *rest):
@@ -150,7 +151,7 @@ def search(script, trained, pictures, tmp_path, monkeypatch):
             yield batch, features
 
     encoded = []
-    monkeypatch.setattr(retrieve, "encode_batches", counted)
+    monkeypatch.setattr(index, "encode_batches", counted)
 
     def run(gallery="gallery"):
         encoded.clear()
@@ -178,8 +179,8 @@ def test_another_content_of_the_same_size_and_time_is_noticed(search, tmp_path):
 def test_a_moved_gallery_is_not_encoded_again_and_old_versions_are_not_kept(search, tmp_path, monkeypatch):
     first, _ = search()
     (tmp_path / "gallery").rename(tmp_path / "moved")
-    hashed, hash_of = [], retrieve._hash
-    monkeypatch.setattr(retrieve, "_hash", lambda file: hashed.append(file) or hash_of(file))
+    hashed, hash_of = [], index._hash
+    monkeypatch.setattr(index, "_hash", lambda file: hashed.append(file) or hash_of(file))
     for read in (18, 0):  # moved ones are read once
         moved, encoded = search("moved")
         assert encoded == [] and moved == first and len(hashed) == read
@@ -189,7 +190,7 @@ def test_a_moved_gallery_is_not_encoded_again_and_old_versions_are_not_kept(sear
 
 
 def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkeypatch):
-    encode = retrieve.encode_batches
+    encode = index.encode_batches
 
     def interrupted(*arguments):
         for number, batch in enumerate(encode(*arguments)):
@@ -199,7 +200,7 @@ def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkey
 
     flags = ["--run", "run", "--data", "gallery", "--text", "red", "--batch-size", 5]
     with monkeypatch.context() as patch:
-        patch.setattr(retrieve, "encode_batches", interrupted)
+        patch.setattr(index, "encode_batches", interrupted)
         assert script(retrieve, *flags)[0] == 130
     assert len(search()[1]) == 18 - 10
 
