@@ -1,5 +1,9 @@
-"""Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]"""
+"""Search images by text, by example, or by both: python retrieve.py --text "…" [--image FILE] [--sheet out.png]
 
+Without any of these it asks for texts, one after another, until an empty line.
+"""
+
+import contextlib
 import json
 import sys
 
@@ -93,11 +97,11 @@ def print_table(results):
         print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {shown(r['image'])}")
 
 
-def show(results, args):
-    """Print the results, and draw them if asked for."""
+def show(results, text, args):
+    """Print the results of a query, and draw them if asked for."""
     if args.sheet:
         with whole(args.sheet) as temporary:
-            contact_sheet(results, args.text, args.image).save(
+            contact_sheet(results, text, args.image).save(
                 temporary, Image.registered_extensions()[args.sheet.suffix.lower()]
             )
     if args.json:
@@ -106,8 +110,15 @@ def show(results, args):
         print_table(results)
 
 
+def ask():
+    """Yield what the user types, line by line, until an empty one."""
+    with contextlib.suppress(EOFError):
+        while text := input("search for: ").strip():
+            yield text
+
+
 def parse_arguments():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__.splitlines()[0])
     add_run_flags(parser)
     parser.add_argument("--text", help="what to look for, in words")
     parser.add_argument("--image", type=file_path, help="what to look for, by example: an image file")
@@ -124,10 +135,10 @@ def parse_arguments():
     args = parser.parse_args()
     check_query_flags(args, "text", "image", "sheet")
     args.text = args.text and args.text.strip()
-    args.searches = bool(args.text or args.image)
-    if not (args.searches or args.queries or args.embeddings):
+    args.asks = not (args.text or args.image or args.queries or args.embeddings)
+    if args.asks and not sys.stdin.isatty():
         parser.error("say what to look for with --text, --image or both")
-    if args.sheet and not args.searches:
+    if args.sheet and not (args.text or args.image or args.asks):
         raise UserError("--sheet needs --text or --image; leave it out, or add one")
     if args.embeddings and args.embeddings.suffix.lower() not in (".npz", ".safetensors"):
         raise UserError(
@@ -157,8 +168,6 @@ def main():
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights)
     queries = read_queries(args.queries) if args.queries else []
-    if args.text:
-        print(describe_cut(tokenizer, [args.text], model.clip.config.context_length), end="", file=sys.stderr)
     samples = {sample.image: sample for sample in find_samples(args.data, metadata, run)}  # an image once
     if args.image:
         samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
@@ -172,15 +181,17 @@ def main():
         if name_images(queries):
             asked = zip(queries, find_queries(queries, samples, args.queries), strict=True)
             queries = [query for query, file in asked if file not in bad]
-        answers = answer_queries(queries, args.queries, model, tokenizer, files, gallery, device)
-        print_json(answers)
+        answers = queries and answer_queries(queries, args.queries, model, tokenizer, files, gallery, device)
+        print_json(answers or {})
         if args.zip:
-            zip_submission(answers, args.queries.stem, args.zip)
-    if args.searches:
-        query = embed_query(model, tokenizer, args.text, args.image, args.mix, device)
-        results = search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top)
+            zip_submission(answers or {}, args.queries.stem, args.zip)
+    if args.text or args.image or args.asks:
         print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
-        show(results, args)
+    texts = [args.text] if args.text or args.image else ask() if args.asks else []
+    for text in texts:
+        print(describe_cut(tokenizer, [text or ""], model.clip.config.context_length), end="", file=sys.stderr)
+        query = embed_query(model, tokenizer, text, args.image, args.mix, device)
+        show(search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top), text, args)
     report_bad(bad)
 
 

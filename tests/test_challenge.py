@@ -176,6 +176,9 @@ def test_queries_that_cannot_be_answered_are_one_line(challenge, run, script, tm
     (tmp_path / "i2i.csv").write_text("b.png\nTEST0000.png\n")
     status, out, err = script(retrieve, "--queries", "i2i.csv", "--data", "one", *common)
     assert status == 1 and json.loads(out) == {"TEST0000.png": "c.png"} and "b.png" in err
+    (tmp_path / "i2i.csv").write_text("b.png\n")
+    status, out, err = script(retrieve, "--queries", "i2i.csv", "--data", "one", *common)
+    assert status == 1 and json.loads(out) == {} and "b.png" in err
 
 
 def test_the_challenges_numbers_are_given_whatever_the_spelling(trained, script, pictures, tmp_path):

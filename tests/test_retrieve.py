@@ -154,3 +154,17 @@ def test_a_query_that_is_cut_is_said_with_its_text(script, trained):
     text = "a very long query " * 30
     status, _, err = script(retrieve, "--run", trained, "--text", text)
     assert status == 0 and err.count("so that its end is cut: a very long query a very") == 1
+
+
+def test_without_a_query_a_terminal_is_asked_until_an_empty_line(script, trained, monkeypatch):
+    typed = iter(["a green shape", " red ", "", "never asked for"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr(index.sys.stdin, "isatty", lambda: True, raising=False)
+    status, out, err = script(retrieve, "--run", trained, "--top", 3)
+    assert status == 0 and out.count("rank  score") == 2 and list(typed) == ["never asked for"], err
+    single = script(retrieve, "--run", trained, "--top", 3, "--text", "red")[1]
+    assert out.endswith(single)
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+    assert script(retrieve, "--run", trained)[0] == 0
+    monkeypatch.setattr(index.sys.stdin, "isatty", lambda: False, raising=False)
+    assert "say what to look for" in mistake(script(retrieve, "--run", trained))
