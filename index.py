@@ -50,9 +50,9 @@ def index_images(run, model, files, device, batch_size, workers):
     saved = time.monotonic()
     try:
         for batch, features in encode_batches(model, new, device, batch_size, workers, "indexing", bad):
+            first = len(kept) + sum(map(len, fresh))
+            row |= {hashes[stamps[file]]: first + i for i, file in enumerate(batch)}
             fresh.append(F.normalize(features, dim=1).half())
-            for file in batch:
-                row[hashes[stamps[file]]] = len(row)
             if time.monotonic() - saved > 60:
                 _write(index, key, hashes, row, torch.cat([kept, *fresh]), stamps)
                 saved = time.monotonic()
@@ -87,7 +87,8 @@ def _read(file, key, width):
             info, features = parse_json(f.metadata()["info"]), f.get_tensor("features")
         row = {content: i for i, content in enumerate(info["hashes"])}
         hashes = {(str(path), *map(int, numbers)): content for path, *numbers, content in info["images"]}
-        fits = features.shape == (len(row), width) and features.dtype == torch.float16
+        fits = features.shape == (len(info["hashes"]), width) and features.dtype == torch.float16
+        fits = fits and len(row) == len(features)  # no content is there twice
         if (
             info["model"] == key
             and fits

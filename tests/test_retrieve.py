@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,20 @@ def test_without_a_query_a_terminal_is_asked_until_an_empty_line(script, trained
     assert script(retrieve, "--run", trained)[0] == 0
     monkeypatch.setattr(index.sys.stdin, "isatty", lambda: False, raising=False)
     assert "say what to look for" in mistake(script(retrieve, "--run", trained))
+
+
+def test_each_image_has_its_own_row_beside_copies(trained, pictures, tmp_path):
+    """New, known and copied images in any order, in batches of any size."""
+    model, _, _ = build.load_run(trained, torch.device("cpu"))
+    originals, cpu = sorted((pictures / "images").rglob("*.png")), torch.device("cpu")
+    (tmp_path / "run").mkdir()
+    rng, files = random.Random(0), []
+    for turn in range(4):
+        for _ in range(6):
+            files.append(tmp_path / f"{len(files)}.png")
+            shutil.copy(rng.choice(originals[: 4 * (turn + 1)]), files[-1])
+        rng.shuffle(files)
+        good, rows, bad = index.index_images(tmp_path / "run", model, files, cpu, rng.choice((1, 3, 99)), 0)
+        expected = F.normalize(build.encode_images(model, files, cpu, 8, 0), dim=1)
+        assert good == files and not bad and rows.dtype == torch.float16
+        torch.testing.assert_close(rows.float(), expected, rtol=0, atol=1e-3)

@@ -212,6 +212,7 @@ def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkey
         lambda info, tensors: info.update(images=3),
         lambda info, tensors: info.update(images=[[1]]),
         lambda info, tensors: info.update(hashes=info["hashes"][1:]),
+        lambda info, tensors: info.update(hashes=info["hashes"][:1] + info["hashes"]),
         lambda info, tensors: info["images"][0].__setitem__(1, "x"),
         lambda info, tensors: tensors.clear(),
         lambda info, tensors: tensors.update(features=tensors["features"][:, :-1]),
