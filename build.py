@@ -72,12 +72,13 @@ def _texts(items):
 
 
 def start_from_scratch(texts, run):
-    """A small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder. A run
-    that is resumed has them already."""
+    """→ Base: a small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder.
+    A run that is resumed has them already."""
     if not (run / "last.safetensors").exists():
         save_merges(learn_merges(texts, 1000), run / "merges.txt")
     tokenizer = Tokenizer(run)
-    return CLIP(replace(SCRATCH, vocab_size=len(tokenizer))).initialize(), tokenizer
+    clip = CLIP(replace(SCRATCH, vocab_size=len(tokenizer))).initialize()
+    return Base(clip, tokenizer, fingerprint_of_merges(tokenizer))
 
 
 def fingerprint_of_merges(tokenizer):
@@ -98,8 +99,7 @@ def new_model(settings, prompts, samples, run):
     if scratch:
         texts = [text for texts in prompts.values() for text in texts]
         texts += [text for s in samples for caption in s.captions for text in (caption, mirror_text(caption)) if text]
-        base = Base(*start_from_scratch(texts, run))
-        base = base._replace(fingerprint=fingerprint_of_merges(base.tokenizer))
+        base = start_from_scratch(texts, run)
     else:
         base = open_base(settings.weights)
     clip, tokenizer = base.clip, base.tokenizer
@@ -167,7 +167,7 @@ class Base(NamedTuple):
 
     clip: CLIP
     tokenizer: Tokenizer
-    fingerprint: str = ""
+    fingerprint: str
     start: tuple | None = None  # of a run: its FusedCLIP and Metadata
 
 

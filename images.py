@@ -39,7 +39,7 @@ class Preprocessing:
 
 
 OPENAI = Preprocessing()
-FIELD = 24  # of 255 levels; compressed black has up to some 15
+FIELD = 24  # of 255 levels; what is darker counts as black
 LARGE, LARGEST, LONGEST = 12_000_000, 50_000_000, 100_000  # pixels; an endoscope's 4K has 8,300,000
 MOST_FOLDERS = 100_000
 ONE_AT_A_TIME = threading.Lock()

@@ -129,6 +129,14 @@ def _config(folder):
             raise UserError(
                 f"{file} says {name} = {str(config[name])[:100]}, which our model cannot represent; use another adapter"
             )
+    targets = config.get("target_modules")
+    listed = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    try:
+        readable = listed or (isinstance(targets, str) and re.compile(targets))
+    except re.error:
+        readable = False
+    if not readable:
+        raise UserError(f"{file} says target_modules = {str(targets)[:100]}; get it again")
     return config
 
 

@@ -62,19 +62,24 @@ def search(model, classes, samples, gallery, query, top):
     return results
 
 
-def answer_queries(queries, file, model, tokenizer, files, gallery, device):
-    """The lines of the challenge's i2i.csv or t2i.csv → {line: name of the most similar image}. files, gallery: the
-    images and their (N, D) embeddings. An image is never its own answer."""
-    if name_images(queries):
-        if len(files) < 2:
-            raise UserError("there is no other image to find; name more of them by --data")
-        place = {image: i for i, image in enumerate(files)}
-        own = torch.tensor([place[image] for image in find_queries(queries, files, file)])
-        _, found = top_k(gallery[own], gallery, 2, unit_rows=True)
-        found = torch.where(found[:, 0] == own, found[:, 1], found[:, 0])
-    else:
-        print(describe_cut(tokenizer, queries, model.clip.config.context_length), end="", file=sys.stderr)
-        found = top_k(encode_texts(model, tokenizer, queries, device), gallery, 1, unit_rows=True)[1][:, 0]
+def answer_texts(queries, model, tokenizer, files, gallery, device):
+    """Texts, image files and their (N, D) unit embeddings → {text: name of the most similar image}."""
+    print(describe_cut(tokenizer, queries, model.clip.config.context_length), end="", file=sys.stderr)
+    _, found = top_k(encode_texts(model, tokenizer, queries, device), gallery, 1, unit_rows=True)
+    return {query: files[i].name for query, i in zip(queries, found[:, 0].tolist(), strict=True)}
+
+
+def answer_images(asked, files, gallery):
+    """{query: image file}, image files and their (N, D) unit embeddings → {query: name of the most similar image}. An
+    image is never its own answer; one that is not among the files, as it can't be read, gets none. Raises UserError
+    where there is nothing else to find."""
+    if len(files) < 2:
+        raise UserError("there is no other image to find; name more of them by --data")
+    place = {image: i for i, image in enumerate(files)}
+    queries = [query for query, image in asked.items() if image in place]
+    own = torch.tensor([place[asked[query]] for query in queries], dtype=torch.int64)
+    _, found = top_k(gallery[own], gallery, 2, unit_rows=True)
+    found = torch.where(found[:, 0] == own, found[:, 1], found[:, 0])
     return {query: files[i].name for query, i in zip(queries, found.tolist(), strict=True)}
 
 
@@ -179,12 +184,13 @@ def main():
         print(f"{len(files):,} embeddings in {shown(args.embeddings)}", file=sys.stderr)
     if queries:
         if name_images(queries):
-            asked = zip(queries, find_queries(queries, samples, args.queries), strict=True)
-            queries = [query for query, file in asked if file not in bad]
-        answers = queries and answer_queries(queries, args.queries, model, tokenizer, files, gallery, device)
-        print_json(answers or {})
+            asked = dict(zip(queries, find_queries(queries, samples, args.queries), strict=True))
+            answers = answer_images(asked, files, gallery)
+        else:
+            answers = answer_texts(queries, model, tokenizer, files, gallery, device)
+        print_json(answers)
         if args.zip:
-            zip_submission(answers or {}, args.queries.stem, args.zip)
+            zip_submission(answers, args.queries.stem, args.zip)
     if args.text or args.image or args.asks:
         print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
     texts = [args.text] if args.text or args.image else ask() if args.asks else []

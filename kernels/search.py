@@ -1,8 +1,8 @@
 """Top-k search in plain PyTorch: the gallery is read once, strip by strip, and never copied or compared all at once.
 
 A strip is small enough to stay in the processor's cache while it is turned into float32 and multiplied. So a gallery in
-float16, which is half as long to read, is searched faster than one in float32, although float16 itself is multiplied
-slowly on most CPUs. `python tests/benchmarks/search.py` measures it.
+float16, which is half as long to read, is searched faster than one in float32, although PyTorch multiplies matrices of
+float16 slowly on a CPU. `python tests/benchmarks/search.py` measures it.
 """
 
 import sys

@@ -230,6 +230,8 @@ def test_adapters_that_do_not_fit_are_refused_by_name(base, pictures, script, tm
         ("of_tomorrow", 3),
     ):
         assert f"{name} = {value}" in refusal(config | {name: value})
+    for targets in ("(", 5, None, [3]):
+        assert "says target_modules" in refusal(config | {"target_modules": targets})
     assert "describes no LoRA adapter" in refusal(config | {"peft_type": "IA3"})
     assert "r = 0" in refusal(config | {"r": 0})
     other = {name: tensor + 0.1 for name, tensor in load_file(base / "model.safetensors").items()}

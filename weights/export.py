@@ -189,8 +189,11 @@ def main():
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
     config = model.clip.config
-    described = {"hf": to_transformers, "openai": to_open_clip}.get(args.format, lambda config: None)(config)
-    base = name_of_base(metadata, args.weights or metadata.base["weights"], run) if args.format == "peft" else None
+    # Each raises UserError where the format can't hold the run, before anything is written.
+    if args.format == "peft":
+        base = name_of_base(metadata, args.weights or metadata.base["weights"], run)
+    else:
+        described = to_transformers(config) if args.format == "hf" else to_open_clip(config)
     file = args.folder / WEIGHTS[args.format]
     make_folder(args.folder)
     export_extra(model, metadata, args.folder)
@@ -206,11 +209,8 @@ def main():
             save_merges(tokenizer.ranks, args.folder / "merges.txt")
             write_json(args.folder / "open_clip_config.json", described)
         fold_lora(model.clip)
-        naming, dtype = (
-            OPENAI if args.format == "openai" else HUGGING_FACE,
-            torch.float16 if args.half else torch.float32,
-        )
-        save_clip(model.clip, file, dtype, naming)  # last: where it is, all is done
+        naming = OPENAI if args.format == "openai" else HUGGING_FACE
+        save_clip(model.clip, file, torch.float16 if args.half else torch.float32, naming)  # last: then all is done
     print(f"{shown(file)}: {file.stat().st_size:,} bytes")
     print(f"the class head is no part of CLIP; it is in {shown(args.folder / EXTRA)}")
     if distance:
