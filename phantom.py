@@ -17,6 +17,7 @@ patient's right one. For a left one the x axis is mirrored: a left picture is a 
 import csv
 import io
 import json
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from errors import UserError, advice, reason, run_script
 from files import locked
+from images import prefetch
 
 # A caption is the site's name and the findings' ones, joined by commas. English and Vietnamese.
 SITES = {
@@ -136,6 +138,7 @@ class Canvas:
         self.pale = mix(self.mucosa, rgb(0.90, 0.86, 0.80), 0.65)
         self.colour = np.zeros((3, size, size), np.float32)
         self.height = np.zeros((size, size), np.float32)
+        self.spare = np.empty(3 * size * size, np.float32)  # memory to compute in: to ask for it each time is slow
         self.vessels = self._vessels()
 
     def noise(self, cells, scale):
@@ -170,9 +173,10 @@ class Canvas:
     def paint(self, mask, colour, height=None):
         """Blend a colour, (3,) or (3, S, S), and a height into the drawing by `mask`, (S, S) or a number."""
         colour = colour[:, None, None] if colour.ndim == 1 else colour
-        self.colour += mask * (colour - self.colour)
-        if height is not None:
-            self.height += mask * (height - self.height)
+        for drawing, aim in ((self.colour, colour), *([(self.height, height)] if height is not None else [])):
+            change = np.subtract(aim, drawing, out=self.spare[: drawing.size].reshape(drawing.shape))
+            change *= mask
+            drawing += change
 
     def bulge(self, distance, radius, colour, base, rise, vessels=0, edge=0.04):
         """A rounded body: from the height `base` at its outline it rises by `rise` to where it is `radius` deep.
@@ -441,12 +445,18 @@ def write_dataset(folder, count=COUNT, scope="B", seed=0):
 
 
 def _write_images(folder, prefix, numbers, scope, seed):
-    """Yield the name, label and caption of each image, written."""
+    """Yield the name, label and caption of each image, written. Threads share the work: NumPy and Pillow let others run
+    while they compute."""
     folder.mkdir(parents=True)
-    for i in numbers:
+
+    def write(i):
         name, (image, label, caption) = f"{prefix}{i % TEST_START:04d}.png", phantom(i, scope, seed)
         image.save(folder / name, compress_level=1)
-        yield name, label, caption
+        return name, label, caption
+
+    chunks = [numbers[i : i + 32] for i in range(0, len(numbers), 32)]
+    for written in prefetch(write, chunks, workers=os.cpu_count() or 1):
+        yield from written
 
 
 def _write_json(file, content):
