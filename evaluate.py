@@ -21,6 +21,7 @@ from data import load_dataset
 from errors import UserError, run_script, shown
 from metrics import (
     FEWEST_GROUPS,
+    Shared,
     accuracy,
     by_class,
     classification_intervals,
@@ -63,40 +64,60 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, i
     results["by_class"] = by_class(confusion, classes)
 
     # An image's own group (else only itself) is not searched: finding the next frame of the same video proves nothing.
-    groups = _numbers([sample.group or sample.image for sample in samples])
-    same_group = groups[:, None] == groups
-    texts, text_labels = zip(*((p, i) for i, name in enumerate(classes) for p in metadata.prompts[name]), strict=True)
-    prompts = encode_texts(model, tokenizer, texts, device)
-    results |= _search("i2i", images, images, labels[:, None] == labels, same_group)
-    results |= _search("t2i", prompts, images, torch.tensor(text_labels)[:, None] == labels)
+    of_image, of_group = [(s.label,) for s in samples], [(s.group or s.image,) for s in samples]
+    same_class, same_group = Shared(of_image, of_image), Shared(of_group, of_group)
+    texts, of_text = zip(*((p, (name,)) for name in classes for p in metadata.prompts[name]), strict=True)
+    prompts, of_prompt = encode_texts(model, tokenizer, texts, device), Shared(of_text, of_image)
+    ranks = {
+        "i2i": first_relevant_ranks(images, images, same_class, same_group),
+        "t2i": first_relevant_ranks(prompts, images, of_prompt),
+    }
+    groups = _numbers(of_group)
     if intervals and groups.max() + 1 >= FEWEST_GROUPS:
-        results["intervals"] = _intervals(images, labels, predictions, groups, prompts, torch.tensor(text_labels))
+        weights = resample(groups)
+        found = classification_intervals(labels, predictions, len(classes), weights)
+        redrawn = ranks_in_resamples(prompts, images, of_prompt[:], weights)
+        results["intervals"] = found | _search_intervals(ranks["i2i"], redrawn, weights)
     captions = list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
     if captions:
         texts = encode_texts(model, tokenizer, captions, device)
-        results |= _caption_searches(samples, captions, images, texts, same_group)
-    return results | _match_search(samples, images)
+        ranks |= _caption_searches(samples, captions, images, texts, same_group)
+    ranks |= _match_search(samples, images)
+    return results | {f"{name}_{key}": v for name, r in ranks.items() for key, v in retrieval_metrics(r).items()}
+
+
+def _search_intervals(i2i, t2i, weights):
+    """(N,) ranks of the images' queries, which stay as they are however often one is drawn; (1000, P) of the prompts',
+    which depend on the images that were drawn; weights: as `resample` gives → the intervals of both searches."""
+    searches = {"i2i": (i2i, weights), "t2i": (t2i, torch.ones_like(t2i))}
+    return {
+        f"{name}_{key}": ends
+        for name, (ranks, times_drawn) in searches.items()
+        if not ranks.isnan().all()
+        for key, ends in retrieval_intervals(ranks, times_drawn).items()
+    }
 
 
 def _caption_searches(samples, captions, images, texts, same_group):
-    """What the samples are, (N, D), and all that is said of them, (C, D) → the figures of both searches."""
-    number, has = {caption: i for i, caption in enumerate(captions)}, torch.zeros(len(samples), len(captions))
-    for i, sample in enumerate(samples):
-        has[i, [number[caption] for caption in sample.captions]] = 1
-    found = _search("i2i_caption", images, images, has @ has.T > 0, same_group)
-    return found | _search("t2i_caption", texts, images, has.T > 0)
+    """What the samples are, (N, D), and all that is said of them, (C, D) → the ranks of both searches."""
+    of_image, of_text = [sample.captions for sample in samples], [(caption,) for caption in captions]
+    return {
+        "i2i_caption": first_relevant_ranks(images, images, Shared(of_image, of_image), same_group),
+        "t2i_caption": first_relevant_ranks(texts, images, Shared(of_text, of_image)),
+    }
 
 
 def _match_search(samples, images):
-    """The figures of the search for each image's match, {} where there are none. Only the image itself is left out: its
+    """→ the ranks of the search for each image's match, {} where there are none. Only the image itself is left out: its
     match may well be of its group."""
-    place = {sample.image: i for i, sample in enumerate(samples)}
-    pairs = [(i, place[sample.match]) for i, sample in enumerate(samples) if sample.match in place]
-    if not pairs:
+    files = [sample.image for sample in samples]
+    known = set(files)
+    rows = [i for i, sample in enumerate(samples) if sample.match in known]
+    if not rows:
         return {}
-    queries, matches = torch.tensor(pairs).T[:, :, None]  # (Q, 1) each
-    everyone = torch.arange(len(samples))
-    return _search("i2i_match", images[queries[:, 0]], images, matches == everyone, queries == everyone)
+    names = [(file,) for file in files]
+    match, itself = Shared([(samples[i].match,) for i in rows], names), Shared([names[i] for i in rows], names)
+    return {"i2i_match": first_relevant_ranks(images[rows], images, match, itself)}
 
 
 def selection_score(results):
@@ -109,25 +130,6 @@ def _numbers(names):
     """Hashable names → (N,) int64: equal ones get the same number."""
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([number[name] for name in names])
-
-
-def _search(name, queries, gallery, relevant, exclude=None):
-    ranks = first_relevant_ranks(queries, gallery, relevant, exclude)
-    return {f"{name}_{key}": value for key, value in retrieval_metrics(ranks).items()}
-
-
-def _intervals(images, labels, predictions, groups, prompts, prompt_labels):
-    """(N, D) images with (N,) labels, predictions and groups, (P, D) prompts with (P,) labels → the intervals."""
-    weights = resample(groups)
-    found = classification_intervals(labels, predictions, int(prompt_labels.max()) + 1, weights)
-    # An image's query keeps its rank however often it is drawn; a prompt's depends on the images that were drawn.
-    relevant, same_group = labels[:, None] == labels, groups[:, None] == groups
-    queries = (relevant & ~same_group).any(1)
-    i2i = first_relevant_ranks(images, images, relevant, same_group).float()
-    t2i = ranks_in_resamples(prompts, images, prompt_labels[:, None] == labels, weights)
-    searches = {"i2i": retrieval_intervals(i2i, weights[:, queries])} if len(i2i) else {}
-    searches["t2i"] = retrieval_intervals(t2i, torch.ones_like(t2i))
-    return found | {f"{name}_{key}": ends for name, figures in searches.items() for key, ends in figures.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ The middle 95 % of the results are the figure's interval. Images of one group re
 together; of fewer than ten groups there is no interval. In image→image search only the queries are drawn, as drawing
 the searched images, too, would take a thousand searches.
 
-Try changing this: let ties count for the model (`scores > best + 1e-9` in `first_relevant_ranks`): a model that gives
+Try changing this: let ties count for the model (`scores > best + TIE` in `first_relevant_ranks`): a model that gives
 every image the same embedding then has an MRR of 1 instead of the worst possible.
 """
 
@@ -51,30 +51,59 @@ def by_class(confusion, classes):
     }
 
 
-def _cosines(queries, gallery):
-    """(Q, D), (N, D) → (Q, N) float64."""
-    return F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
+STRIP = 2**20  # cosines held at once, 4 MB
+TIE = 1e-6  # of float32's cosines: what is nearer than that may differ by rounding alone
+
+
+class Shared:
+    """Who has a name in common with whom: a (Q, N) table of bool whose rows are made when they are asked for, as all of
+    them may not fit into memory. queries, gallery: for each of Q and N items a collection of hashable names."""
+
+    def __init__(self, queries, gallery):
+        self.queries, self.size, places = list(queries), len(gallery), {}
+        for place, names in enumerate(gallery):
+            for name in names:
+                places.setdefault(name, []).append(place)
+        self.places = {name: torch.tensor(of_name) for name, of_name in places.items()}
+
+    def __getitem__(self, rows):
+        """rows: a slice → (n, N) bool"""
+        table = torch.zeros(len(self.queries[rows]), self.size, dtype=torch.bool)
+        for row, names in zip(table, self.queries[rows], strict=True):
+            for name in names:
+                if name in self.places:
+                    row[self.places[name]] = True
+        return table
 
 
 def first_relevant_ranks(queries, gallery, relevant, exclude=None):
-    """The rank, from 1 on, of the best-placed relevant gallery item for each query that has one → (≤ Q,) int64.
+    """The rank, from 1 on, of the best-placed relevant gallery item for each query → (Q,) float32, NaN where it has
+    none.
 
-    queries: (Q, D), gallery: (N, D) features, ranked by cosine; relevant: (Q, N) bool; exclude: (Q, N) bool, items not
-    to be ranked (a query image itself). Ties, to rounding, count against us: an irrelevant item with the same score
-    ranks first, so that a model that maps everything to one point scores as badly as it should.
+    queries: (Q, D), gallery: (N, D) features, ranked by cosine; relevant: (Q, N) bool or `Shared`; exclude: likewise,
+    items not to be ranked (a query image itself). Ties count against us: an irrelevant item with the same score ranks
+    first, so that a model that maps everything to one point scores as badly as it should. Only a strip of the (Q, N)
+    cosines is held at once.
     """
-    scores = _cosines(queries, gallery)
-    irrelevant = ~relevant
-    if exclude is not None:
-        relevant, irrelevant = relevant & ~exclude, irrelevant & ~exclude
-    best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
-    # What is not clearly behind counts as ahead. Any comparison with NaN is false, so a NaN counts against us, too.
-    ranks = 1 + (irrelevant & ~(scores < best - 1e-9)).sum(1)
-    return ranks[relevant.any(1)]
+    queries, gallery = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
+    step, ranks = max(1, STRIP // max(1, len(gallery))), [torch.empty(0)]
+    for rows in (slice(first, first + step) for first in range(0, len(queries), step)):
+        scores, wanted = queries[rows] @ gallery.T, relevant[rows]
+        irrelevant = ~wanted
+        if exclude is not None:
+            searched = ~exclude[rows]
+            wanted, irrelevant = wanted & searched, irrelevant & searched
+        best = scores.masked_fill(~wanted, -torch.inf).amax(1, keepdim=True)
+        # What is not clearly behind counts as ahead. Any comparison with NaN is false, so a NaN counts against us, too.
+        ahead = irrelevant & ~(scores < best - TIE)
+        ranks.append(torch.where(wanted.any(1), 1 + ahead.sum(1), torch.nan))
+    return torch.cat(ranks)
 
 
 def retrieval_metrics(ranks, ks=(1, 5, 10)):
-    """Ranks of the first relevant answers → {"recall@K": …, "mrr": …}; None for each if no query had one."""
+    """(Q,) ranks of the first relevant answers, NaN without one → {"recall@K": …, "mrr": …} over those that have one;
+    None for each if none has."""
+    ranks = ranks[~ranks.isnan()]
     if len(ranks) == 0:
         return {**{f"recall@{k}": None for k in ks}, "mrr": None}
     ranks = ranks.double()
@@ -121,13 +150,16 @@ def retrieval_intervals(ranks, weights):
 
 def ranks_in_resamples(queries, gallery, relevant, weights):
     """The rank of each query's first relevant item in resampled galleries → (times, Q), NaN where none was drawn."""
-    scores = _cosines(queries, gallery) - 2e-9 * relevant  # ties count against us, as above
+    scores = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T - TIE * relevant  # ties count against us
     order = scores.argsort(1, descending=True)
     ranks = []
     for its_order, its_relevant in zip(order, relevant, strict=True):
-        drawn, hit = weights[:, its_order], its_relevant[its_order]  # best first
+        for some in (its_order[:200], its_order):  # best first; mostly a relevant one is drawn among the first few
+            drawn, hit = weights[:, some], its_relevant[some]
+            found = (drawn > 0) & hit
+            if found.any(1).all():
+                break
         ahead = (drawn * ~hit).cumsum(1)  # irrelevant items so far
-        found = (drawn > 0) & hit
         rank = 1 + ahead.gather(1, found.int().argmax(1, keepdim=True))[:, 0]
         ranks.append(rank.masked_fill(~found.any(1), torch.nan))
     return torch.stack(ranks, dim=1)

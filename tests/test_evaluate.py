@@ -16,7 +16,14 @@ import evaluate
 import train
 from data import Sample, load_dataset
 from fusion import FusedCLIP
-from metrics import first_relevant_ranks, interval, resample, retrieval_metrics
+from metrics import (
+    classification_intervals,
+    first_relevant_ranks,
+    interval,
+    ranks_in_resamples,
+    resample,
+    retrieval_metrics,
+)
 
 
 def test_images_of_the_same_group_are_not_searched(pictures, base):
@@ -78,17 +85,19 @@ def test_intervals_are_of_whole_groups_and_only_of_queries_that_have_an_answer()
     labels = (groups % 2).masked_fill(groups == 29, 2)
     images, prompts, prompt_labels = torch.randn(60, 8), torch.randn(3, 8), torch.arange(3)
     predictions = torch.randint(3, (60,))
-    found = evaluate._intervals(images, labels, predictions, groups, prompts, prompt_labels)
     figures = {"accuracy": [], "i2i_recall@1": [], "t2i_mrr": []}
     same_group, relevant = groups[:, None] == groups, labels[:, None] == labels
-    ranks = first_relevant_ranks(images, images, relevant, same_group)
-    assert len(ranks) == 58
-    for drawn in resample(groups).long():
+    ranks, weights = first_relevant_ranks(images, images, relevant, same_group), resample(groups)
+    assert ranks.isnan().sum() == 2
+    redrawn = ranks_in_resamples(prompts, images, prompt_labels[:, None] == labels, weights)
+    found = classification_intervals(labels, predictions, 3, weights)
+    found |= evaluate._search_intervals(ranks, redrawn, weights)
+    for drawn in weights.long():
         rows = torch.arange(60).repeat_interleave(drawn)
         figures["accuracy"].append((labels[rows] == predictions[rows]).double().mean())
         figures["i2i_recall@1"].append((ranks[rows[rows < 58]] == 1).double().mean())
         searched = first_relevant_ranks(prompts, images[rows], prompt_labels[:, None] == labels[rows])
-        figures["t2i_mrr"].append((1 / searched.double()).mean())
+        figures["t2i_mrr"].append((1 / searched.double()).nanmean())
     for key, values in figures.items():
         assert found[key] == pytest.approx(interval(torch.stack(values))), key
 
@@ -144,10 +153,10 @@ def test_searches_for_captions_and_matches_by_hand():
     samples = [Sample(*row[:1], "x", row[1], match=row[2]) for row in zip(files, captions, matches, strict=True)]
     found = evaluate._match_search(samples, images)
     # Image 0 finds 1 before its match 2; image 1 finds its match 0 first; image 3's is not among them.
-    assert (found["i2i_match_recall@1"], found["i2i_match_mrr"]) == (1 / 2, (1 / 2 + 1) / 2)
+    assert found["i2i_match"].tolist() == [2, 1]
     texts = torch.stack([angles[[1, 3]].cos(), angles[[1, 3]].sin()], 1)  # "red" points at image 1, "large" at image 3
     found = evaluate._caption_searches(samples, ["red", "large"], images, texts, torch.eye(4, dtype=torch.bool))
     # Image 0 shares a caption with 1 and 2, and finds 1 first; image 1 finds 0 first; image 2 finds 1, then 0.
-    assert found["i2i_caption_mrr"] == pytest.approx((1 + 1 + 1 / 2) / 3)
-    assert found["t2i_caption_mrr"] == pytest.approx((1 + 1 / 2) / 2)  # "large": 3, then 2
+    assert found["i2i_caption"][:3].tolist() == [1, 1, 2] and found["i2i_caption"][3].isnan()
+    assert found["t2i_caption"].tolist() == [1, 2]  # "large": 3, then 2
     assert evaluate._match_search(samples[2:], images[2:]) == {}

@@ -147,8 +147,8 @@ def train(form, levels, clip, head, train_set, test_set, seed, lr):
     with torch.no_grad():
         z = fusion(test[:, 0])
         right = classify(z).argmax(1) == truth[:, 0]
-    ranks = first_relevant_ranks(z, z, truth == truth.T, same_group).double()
-    return right.double().mean().item(), (1 / ranks).mean().item()
+    ranks = first_relevant_ranks(z, z, truth == truth.T, same_group).double()  # NaN without an answer
+    return right.double().mean().item(), (1 / ranks).nanmean().item()
 
 
 def compare(own, other):
