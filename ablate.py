@@ -113,13 +113,13 @@ def rows_of_shots(full):
     return rows | {"all": Row(everything, against="head" if full else "LoRA")}
 
 
-def rows_of_settings(texts, parser, settings):
+def rows_of_settings(texts, parser, settings, device):
     """The --vary flags, like "lora-rank=4 lr=1e-3" → {name: Row}."""
     rows = {"all": Row(with_parts(*OFF))}
     for text in texts:
         flags = [f"--{flag}" for flag in text.split()]
         varied = Settings.from_flags(parser.parse_args([*sys.argv[1:], *flags]))
-        refuse_idle([flag.strip("-").split("=")[0].replace("-", "_") for flag in flags], varied)
+        refuse_idle([flag.strip("-").split("=")[0].replace("-", "_") for flag in flags], varied, device)
         new, old = asdict(varied), asdict(settings)
         changes = {key: value for key, value in new.items() if value != old[key]}
         if not changes or changes.keys() & {"data", "split", "fold", "duplicates", "seed"}:
@@ -308,13 +308,14 @@ def check_folder(folder, name, content):
 def main():
     parser, args = parse_arguments()
     settings = Settings.from_flags(args)
-    refuse_idle(args.given, settings)
+    device = find_device(args.device)
+    refuse_idle(args.given, settings, device)
     if (base_folder(settings.weights) / "adapter.safetensors").is_file():
         raise UserError(f"{settings.weights} is a run, which has learned already; name the base model by --weights")
     prompts = read_json(args.prompts) if args.prompts else None
     check_folder(args.folder, "settings", {**asdict(settings), "prompts": prompts})
     if args.vary:
-        question, rows = "vary", rows_of_settings(args.vary, parser, settings)
+        question, rows = "vary", rows_of_settings(args.vary, parser, settings, device)
     elif args.shots and not args.parts:
         question, rows = "shots", rows_of_shots(settings.full)
     else:

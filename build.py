@@ -11,7 +11,7 @@ import torch
 
 import peft_format
 from checkpoint import base_folder, fingerprint, infer_config, load_clip, read_safetensors
-from cli import Progress, autocast
+from cli import Progress, find_precision
 from errors import UserError, counted, reason, shown
 from fusion import FusedCLIP, default_levels
 from images import load_image, normalize, prefetch, to_square
@@ -183,7 +183,7 @@ def open_base(weights):
     if (path / "adapter.safetensors").is_file():
         if (path / "last.safetensors").is_file() and not (path / "metrics.json").is_file():
             raise UserError(f"{path} is not finished; go on with it first: python train.py --resume --run {path}")
-        model, tokenizer, metadata = load_run(path, torch.device("cpu"))
+        model, tokenizer, metadata = read_run(path)
         fold_lora(model.clip)
         # Merged weights may round otherwise elsewhere. So the hash is that of what was added to which base, and how.
         own, s = read_safetensors(path / "adapter.safetensors")[0], metadata.settings
@@ -233,6 +233,24 @@ def load_run(run, device, weights=None, merge=True):
     weights: where the base model is, should it have moved; merge: add the adapters into the weights, which is faster
     but rounds. Raises UserError.
     """
+    model, tokenizer, metadata = read_run(run, weights)
+    if merge:
+        merge_lora(model)
+    return to_device(model.requires_grad_(False), metadata.settings, device).eval(), tokenizer, metadata
+
+
+def to_device(model, settings, device):
+    """Move a model to the device, and let it multiply in the settings' precision, if the device can. Matrices that are
+    not trained are kept in that type; else autocast would convert them each time. Returns the model."""
+    model.precision = find_precision(settings.precision, device)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(model.precision)
+    return model.to(device)
+
+
+def read_run(run, weights=None):
+    """A run's folder → (FusedCLIP in float32, its adapters apart, Tokenizer, Metadata). weights: as above."""
     file = run / "adapter.safetensors"
     tensors, stored = read_safetensors(file)
     metadata = Metadata.read(stored, file)
@@ -259,9 +277,7 @@ def load_run(run, device, weights=None, merge=True):
         check_config(run, base["config"], plain(clip.config), weights)
     model = assemble(clip, settings, len(metadata.classes))
     load_trained(model, tensors, file)
-    if merge:
-        merge_lora(model)
-    return model.to(device).eval(), tokenizer, metadata
+    return model, tokenizer, metadata
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,8 +306,7 @@ def encode_batches(model, files, device, batch_size, workers, what, bad=None):
         if good:
             read, arrays = zip(*good, strict=True)
             pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device), how)
-            with autocast(device):
-                yield read, model.encode_image(pixels).float().cpu()
+            yield read, model.encode_image(pixels).cpu()
         done += len(batch)
         progress(done, what)
 
@@ -306,8 +321,7 @@ def encode_images(model, files, device, batch_size, workers, what="encoding", ba
 def encode_texts(model, tokenizer, texts, device):
     """Texts → (N, embed_dim) float32 embeddings on the CPU, not of unit length."""
     tokens = tokenizer(texts, model.clip.config.context_length)
-    with autocast(device):
-        return torch.cat([model.encode_text(part.to(device)).float().cpu() for part in tokens.split(256)])
+    return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(256)])
 
 
 def describe_cut(tokenizer, texts, context_length):

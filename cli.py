@@ -1,7 +1,6 @@
 """What stands between the scripts and their user: flags, the device and its precision, progress."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -147,23 +146,28 @@ def report_bad(bad):
         sys.exit(1)
 
 
-def mixed_precision(device):
-    """The type that the towers compute in: bfloat16 on GPUs that support it, float16 on older ones, float32 elsewhere.
+def native_precision(device):
+    """The type that the device multiplies matrices in fastest, of those that serve: bfloat16 on GPUs and CPUs that have
+    instructions for it, float16 on older GPUs, float32 elsewhere.
 
-    Both 16-bit types halve the traffic and run on the GPU's tensor cores, its units for matrix products. bfloat16 has
-    float32's range, with 7 digits after the binary point instead of 23. float16 has 10, but ends at 65,504 above and
-    6e-8 below, so small gradients vanish (see `Optimization` in optimization.py).
+    Both 16-bit types halve the traffic, and such units multiply them several times as fast. bfloat16 has float32's
+    range, with 7 digits after the binary point instead of 23. float16 has 10, but ends at 65,504 above and 6e-8 below,
+    so small gradients vanish (see `Optimization` in optimization.py).
     """
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    can = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
 
-def autocast(device):
-    """A context in which PyTorch multiplies matrices in `mixed_precision`, and keeps what needs range or digits
-    (softmax, norms, losses) in float32. The weights stay float32 as well."""
-    dtype = mixed_precision(device)
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def find_precision(name, device):
+    """The setting `precision` → torch.dtype. What the device has no instructions for becomes float32."""
+    native = native_precision(device)
+    return native if name in ("auto", name_of(native)) else torch.float32
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

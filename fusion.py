@@ -128,16 +128,24 @@ class FusedCLIP(nn.Module):
         levels = levels or default_levels(len(clip.visual.blocks))
         self.fusion = None if mode == "none" else MultiLevelFusion(clip.visual, levels, mode)
         self.head = nn.Parameter(torch.zeros(num_classes, clip.config.embed_dim))
+        self.precision = torch.float32  # that the towers multiply matrices in; build.py changes it
 
     def encode_image(self, pixels):
-        """(B, 3, H, W) → (B, embed_dim), the fused embedding, not of unit length."""
-        if self.fusion is None:
-            return self.clip.encode_image(pixels)
-        return self.fusion(self.clip.visual(pixels), self.clip.visual.proj)
+        """(B, 3, H, W) → (B, embed_dim) float32, the fused embedding, not of unit length."""
+        with self._autocast(pixels.device):
+            if self.fusion is None:
+                return self.clip.encode_image(pixels).float()
+            return self.fusion(self.clip.visual(pixels), self.clip.visual.proj).float()
 
     def encode_text(self, tokens):
-        """(B, L) → (B, embed_dim), not of unit length."""
-        return self.clip.encode_text(tokens)
+        """(B, L) → (B, embed_dim) float32, not of unit length."""
+        with self._autocast(tokens.device):
+            return self.clip.encode_text(tokens).float()
+
+    def _autocast(self, device):
+        """A context in which PyTorch multiplies matrices in `precision`, and keeps what needs range or digits (softmax,
+        norms) in float32. Weights that are trained stay float32 as well."""
+        return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
 
     @property
     def scale(self):
@@ -153,7 +161,7 @@ class FusedCLIP(nn.Module):
         """Start each class vector as the mean unit text embedding of its prompts. tokens_of_class: a (prompts, L)
         tensor for each class."""
         for row, tokens in zip(self.head, tokens_of_class, strict=True):
-            row.copy_(F.normalize(self.encode_text(tokens).float(), dim=1).mean(0))
+            row.copy_(F.normalize(self.encode_text(tokens), dim=1).mean(0))
 
 
 def slerp_mix(embedding, labels, probability, generator=None):

@@ -62,7 +62,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        return y if self.merged else y + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+        return y if self.merged else y + self.lora_B(self.lora_A(self.dropout(x)) * self.scaling)
 
     @torch.no_grad()
     def merge(self):

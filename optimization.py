@@ -5,7 +5,6 @@ import math
 import torch
 
 from build import trained_parameters
-from cli import mixed_precision
 from errors import UserError
 
 
@@ -24,7 +23,7 @@ class Optimization:
         others = [p for p in self.parameters.values() if p.dim() < 2]  # biases, gains, the scale: no decay
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=model.precision == torch.float16)
         self.peak, self.total = settings.lr, settings.steps
         self.warmup = max(1, round(settings.warmup * self.total))
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from checkpoint import NAMES, base_folder
-from cli import typed
+from cli import find_precision, name_of, typed
 from errors import UserError
 from fusion import MODES
 from images import FRAMES
@@ -77,6 +77,13 @@ class Settings:
     weight_decay: float = setting(float, "AdamW's, on matrices", 0.05, low=0, high=1000)
     warmup: float = setting(
         float, "share of the steps over which the learning rate rises to its peak", 0.1, low=0, high=1
+    )
+    precision: str = setting(
+        str,
+        "what the towers multiply matrices in; auto: what the device does fastest, kept with the run; all the rest "
+        "and the loss stay in float32",
+        "auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     flip: str = setting(
         str,
@@ -175,14 +182,16 @@ def given_settings(parser):
     return {name: value for name, value in given.items() if value is not None}
 
 
-def refuse_idle(given, settings):
-    """Raise UserError where a flag that was given does nothing beside another one."""
+def refuse_idle(given, settings, device):
+    """Raise UserError where a flag that was given does nothing beside another one, or on the device."""
     if settings.full or not settings.lora_rank:
         why = "--lora-rank 0" if not settings.lora_rank else "--full" if "full" in given else "--weights scratch"
         idle = [name for name in given if name.startswith("lora_") and (name != "lora_rank" or settings.lora_rank)]
         _refuse(idle, why)
     if settings.fusion == "none":
         _refuse([name for name in given if name == "levels"], "--fusion none")
+    if settings.precision not in ("auto", name_of(find_precision(settings.precision, device))):
+        raise UserError(f"--precision: {device} has no instructions for {settings.precision}; leave it out")
 
 
 def _refuse(idle, why):

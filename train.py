@@ -28,14 +28,15 @@ Source: arXiv 2509.00752 for the components and the joint objective; how they ar
 import math
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from build import check_model, describe_cut, load_trained, new_model, trained_parameters
+from build import check_model, describe_cut, load_trained, new_model, to_device, trained_parameters
 from checkpoint import read_safetensors
-from cli import Parser, Progress, add_machine_flags, autocast, file_path, find_device
+from cli import Parser, Progress, add_machine_flags, file_path, find_device, find_precision, name_of
 from data import batch_of, class_names, training_batches
 from errors import UserError, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
@@ -92,10 +93,9 @@ def joint_loss(model, tokenizer, items, metadata, device):
     tokens = tokenizer([text for _, text in drawn] + distinct, model.clip.config.context_length)
     tokens = tokens[:, : tokens.argmax(1).max() + 1].to(device)
 
-    with autocast(device):
-        images = normalize(torch.from_numpy(np.stack(pixels)).to(device), model.clip.config.preprocessing)
-        z = model.encode_image(images).float()  # (B, D)
-        texts = model.encode_text(tokens).float() if weight else None  # (prompts + distinct captions, D)
+    images = normalize(torch.from_numpy(np.stack(pixels)).to(device), model.clip.config.preprocessing)
+    z = model.encode_image(images)  # (B, D)
+    texts = model.encode_text(tokens) if weight else None  # (prompts + distinct captions, D)
     targets = torch.tensor([number[label] for label in labels], device=device)  # (B,) class numbers
     mixed = slerp_mix(z, targets, metadata.settings.slerp)  # (B, D)
     loss = F.cross_entropy(model.classify(mixed), targets)
@@ -162,11 +162,13 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     """Train a model into the run's folder, or go on with what was Saved there → its metrics. rounds: how often
     val is scored; zero_shot: the untrained model's figures, if they are known."""
     scored = scored_split(splits)
+    settings = replace(settings, precision=name_of(find_precision(settings.precision, device)))
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
-    model.to(device)
+    to_device(model, settings, device)
     optimization = Optimization(model, settings, device)
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
-    print(f"{settings.weights} on {device}: training {trained:,} of {total:,} parameters into {shown(run)}")
+    where = f"{device} in {settings.precision}"
+    print(f"{settings.weights} on {where}: training {trained:,} of {total:,} parameters into {shown(run)}")
     texts = [text for of_class in prompts.values() for text in of_class] + _captions(splits)
     print(describe_cut(tokenizer, texts, model.clip.config.context_length), end="")
 
@@ -206,7 +208,7 @@ def _captions(splits):
 def begin(args, device):
     """A new training."""
     settings = Settings.from_flags(args)
-    refuse_idle(args.given, settings)
+    refuse_idle(args.given, settings, device)
     if args.run:
         check_unused(args.run)
     check_model(settings)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1]))
-from build import encode_images, load_run
+from build import encode_images, read_run
 from checkpoint import HUGGING_FACE, OPENAI, base_folder, save_clip, write_safetensors
 from cli import Parser, add_machine_flags, file_path, find_device, typed
 from clip_config import RESAMPLE, RESIZE_MODES
@@ -187,7 +187,8 @@ def main():
     if taken:
         raise UserError(f"{args.folder} already holds weights, {taken[0]}; choose another folder")
     device, run = find_device(args.device), find_run(args.run)
-    model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
+    model, tokenizer, metadata = read_run(run, args.weights)
+    model.to(device).eval()
     config = model.clip.config
     # Each raises UserError where the format can't hold the run, before anything is written.
     if args.format == "peft":
