@@ -32,6 +32,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cache import open_cache
 from checkpoint import base_folder
 from cli import Parser, add_machine_flags, file_path, find_device, positive_int, whole_number
 from data import class_names
@@ -142,7 +143,7 @@ class Trainings:
         """repeats: {name: changes of the settings}; total: how many trainings there will be."""
         self.settings, self.repeats, self.args, self.total = settings, repeats, args, total
         self.untrained, self.runs, self.done = {}, set(), 0  # runs: those looked at; done: those trained now
-        self.device = find_device(args.device)
+        self.device, self.cache = find_device(args.device), open_cache(args.folder, args.cache_gb)
         with redirect_stdout(sys.stderr):  # standard output is the table's
             self.samples, self.duplicates, _ = load_checked(settings, args.workers)
 
@@ -185,7 +186,8 @@ class Trainings:
             redirect_stderr(log),
         ):
             write_split(run / "split.csv", splits)
-            metrics = train(run, settings, splits, prompts, self.device, self.args.workers, zero_shot=known, rounds=1)
+            how = self.device, self.args.workers, self.cache
+            metrics = train(run, settings, splits, prompts, *how, zero_shot=known, rounds=1)
             (run / "last.safetensors").unlink()  # nothing is resumed in the middle of a training
         self.untrained[key], self.done = _untrained(metrics), self.done + 1
 
@@ -275,7 +277,7 @@ def parse_arguments():
     add("--folds", type=positive_int, help="instead of the seeds: hold out each of so many parts in turn")
     add("--folder", type=file_path, default=Path("runs/ablation"), help="where runs and tables are written")
     add("--prompts", type=file_path, help="as in train.py")
-    add_machine_flags(parser)
+    add_machine_flags(parser, trains=True)
     add_settings(parser)
     args = parser.parse_args()
     if ((args.parts or args.vary) and args.shots and len(args.shots) > 1) or (args.parts and args.vary):

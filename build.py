@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import peft_format
+from cache import NO_CACHE
 from checkpoint import base_folder, fingerprint, infer_config, load_clip, read_safetensors
 from cli import Progress, find_precision
 from errors import UserError, counted, reason, shown
@@ -285,7 +286,7 @@ def read_run(run, weights=None):
 
 
 @torch.inference_mode()
-def encode_batches(model, files, device, batch_size, workers, what, bad=None):
+def encode_batches(model, files, device, batch_size, workers, what, bad=None, cache=NO_CACHE):
     """Yield (files, their (B, embed_dim) float32 fused embeddings on the CPU, not of unit length) of each batch.
 
     Files that cannot be read are left out and put into `bad`, {file: why}. Without it they are a UserError."""
@@ -293,7 +294,7 @@ def encode_batches(model, files, device, batch_size, workers, what, bad=None):
 
     def pixels_of(file):
         try:
-            return to_square(load_image(file), size, how)
+            return cache.get(file, (size, how), lambda: to_square(load_image(file), size, how))
         except UserError as problem:
             if bad is None:
                 raise
@@ -311,9 +312,9 @@ def encode_batches(model, files, device, batch_size, workers, what, bad=None):
         progress(done, what)
 
 
-def encode_images(model, files, device, batch_size, workers, what="encoding", bad=None):
+def encode_images(model, files, device, batch_size, workers, what="encoding", bad=None, cache=NO_CACHE):
     """Image files → (N, embed_dim) float32; see `encode_batches`."""
-    features = [f for _, f in encode_batches(model, files, device, batch_size, workers, what, bad)]
+    features = [f for _, f in encode_batches(model, files, device, batch_size, workers, what, bad, cache)]
     return torch.cat(features) if features else torch.empty(0, model.clip.config.embed_dim)
 
 

@@ -40,13 +40,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see python {self.prog} --help")
 
 
-def add_machine_flags(parser):
-    """Where to compute: --device and --workers."""
+def add_machine_flags(parser, trains=False):
+    """Where to compute: --device and --workers; for a training also --cache-gb."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument(
         "--workers", type=whole_number, default=workers, help="threads that read images; 0: the main one does"
     )
+    if trains:
+        most = "GB of the disk for decoded images while training, 0: none; default: a quarter of what is free"
+        parser.add_argument("--cache-gb", type=gigabytes, help=most)
 
 
 def add_run_flags(
@@ -86,6 +89,13 @@ def whole_number(text, least=0, most=10**9):
     number = typed(int)(text)
     if not least <= number <= most:
         raise argparse.ArgumentTypeError(f"{text[:100]} is not a whole number from {least} to {most:,}")
+    return number
+
+
+def gigabytes(text):
+    number = typed(float)(text)
+    if not 0 <= number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text[:100]} is not a number of gigabytes")
     return number
 
 

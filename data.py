@@ -25,10 +25,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from cache import NO_CACHE
 from entrep import read_entrep
 from errors import UserError, reason, shown
 from files import parse_json, read_text
-from images import augment, find_images, load_image, prefetch
+from images import augment, find_images, load_image, prefetch, shrink
 from phantom import default_dataset
 from sides import mirror_classes, mirror_text
 
@@ -268,9 +269,9 @@ def _order(seed, epoch, count):
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def training_batches(samples, prompts, settings, steps, size, workers, frame="crop"):
+def training_batches(samples, prompts, settings, steps, size, workers, frame="crop", cache=NO_CACHE):
     """Yield the batch of each step, a list of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
-    frame: of images.FRAMES.
+    frame: of images.FRAMES. Images are augmented at no more than twice the model's size.
 
     All randomness comes from seed, epoch and index, so that a step has the same batch whether or not training was
     interrupted before it, and whatever the number of workers.
@@ -292,7 +293,9 @@ def training_batches(samples, prompts, settings, steps, size, workers, frame="cr
         flip = settings.flip != "none" and understood and rng.random() < 0.5
         if flip:
             label, caption = mirrored
-        pixels = augment(load_image(sample.image), size, rng, flip, frame)
+        file, most = sample.image, 2 * size
+        image = Image.fromarray(cache.get(file, most, lambda: shrink(load_image(file, most), most)))
+        pixels = augment(image, size, rng, flip, frame)
         return pixels, label, rng.choice(prompts[label]), caption
 
     def batch(step):

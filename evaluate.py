@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from build import encode_images, encode_texts, load_run
+from cache import NO_CACHE
 from cli import Parser, add_run_flags, find_device, print_json, report_bad
 from data import load_dataset
 from errors import UserError, run_script, shown
@@ -40,7 +41,9 @@ from splits import scored_split
 from trust import find_data, find_samples, follow_images
 
 
-def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None):
+def evaluate(
+    model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None, cache=NO_CACHE
+):
     """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
     "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…", with matches
     "i2i_match_…"; if asked for, "intervals": {figure: [low, high]} of accuracy, macro-F1, and each search's R@1 and MRR
@@ -52,7 +55,7 @@ def evaluate(model, tokenizer, samples, metadata, device, batch_size, workers, i
     model.eval()
     classes = metadata.classes
     files = [sample.image for sample in samples]
-    images = encode_images(model, files, device, batch_size, workers, "evaluating", bad)  # (N, D)
+    images = encode_images(model, files, device, batch_size, workers, "evaluating", bad, cache)  # (N, D)
     samples = [sample for sample in samples if sample.image not in (bad or {})]
     if not samples:
         raise UserError(f"none of the {len(files):,} images can be read, {bad[files[0]]}")

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from build import check_model, describe_cut, load_trained, new_model, to_device, trained_parameters
+from cache import open_cache
 from checkpoint import read_safetensors
 from cli import Parser, Progress, add_machine_flags, file_path, find_device, find_precision, name_of
 from data import batch_of, class_names, training_batches
@@ -68,7 +69,7 @@ def parse_arguments():
         "--resume", action="store_true", help="go on with an interrupted run, or with more --steps a finished one"
     )
     parser.add_argument("--prompts", type=file_path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
-    add_machine_flags(parser)
+    add_machine_flags(parser, trains=True)
     add_settings(parser)
     args = parser.parse_args()
     args.given = given_settings(parser)
@@ -112,14 +113,14 @@ def joint_loss(model, tokenizer, items, metadata, device):
     return loss
 
 
-def train_round(model, tokenizer, samples, metadata, steps, optimization, device, workers):
+def train_round(model, tokenizer, samples, metadata, steps, optimization, device, workers, cache):
     """The updates of a range of steps → mean loss. Raises UserError where the loss or a weight is not finite."""
     # Dropout and slerp: every round on its own. The factor keeps the rounds of one seed apart from those of another.
     torch.manual_seed(1_000_003 * metadata.settings.seed + steps.start)
     model.train()
     progress, losses, config = Progress(len(steps), unit="steps"), [], model.clip.config
-    size, how = config.image_size, config.preprocessing
-    batches = training_batches(samples, metadata.prompts, metadata.settings, steps, size, workers, how.frame)
+    how = config.image_size, workers, config.preprocessing.frame, cache
+    batches = training_batches(samples, metadata.prompts, metadata.settings, steps, *how)
     for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
         loss = joint_loss(model, tokenizer, items, metadata, device)
         optimization.step(loss, step)
@@ -158,7 +159,7 @@ def finish(run, state, split, results):
     return metrics
 
 
-def train(run, settings, splits, prompts, device, workers, saved=None, rounds=ROUNDS, zero_shot=None):
+def train(run, settings, splits, prompts, device, workers, cache, saved=None, rounds=ROUNDS, zero_shot=None):
     """Train a model into the run's folder, or go on with what was Saved there → its metrics. rounds: how often
     val is scored; zero_shot: the untrained model's figures, if they are known."""
     scored = scored_split(splits)
@@ -173,7 +174,8 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     print(describe_cut(tokenizer, texts, model.clip.config.context_length), end="")
 
     def figures(split, **more):
-        return evaluate(model, tokenizer, splits[split], metadata, device, settings.batch_size, workers, **more)
+        how = device, settings.batch_size, workers
+        return evaluate(model, tokenizer, splits[split], metadata, *how, cache=cache, **more)
 
     if saved:
         state = resume(run, saved, metadata, model, optimization, device)
@@ -186,7 +188,7 @@ def train(run, settings, splits, prompts, device, workers, saved=None, rounds=RO
     ends = {math.ceil(settings.steps * part / rounds) for part in range(1, rounds + 1)}
     for end in sorted(end for end in ends if end > state.step):
         start, steps = time.monotonic(), range(state.step, end)
-        loss = train_round(model, tokenizer, splits["train"], metadata, steps, optimization, device, workers)
+        loss = train_round(model, tokenizer, splits["train"], metadata, steps, optimization, device, workers, cache)
         results = figures("val")
         state.step, state.seconds = end, state.seconds + time.monotonic() - start
         print(f"step {end:4}/{settings.steps}  loss {loss:.3f}  {summary(results)}", flush=True)
@@ -225,7 +227,7 @@ def begin(args, device):
         write_split(run / "split.csv", splits)
         if bad:
             write_text(run / "skipped.txt", "".join(f"{shown(why)}\n" for why in bad.values()))
-        train(run, settings, splits, prompts, device, args.workers)
+        train(run, settings, splits, prompts, device, args.workers, open_cache(run, args.cache_gb))
 
 
 def go_on(args, device):
@@ -234,7 +236,8 @@ def go_on(args, device):
     with claimed(run):
         saved, splits = read_saved(run, args.given)
         settings = saved.metadata.settings
-        train(run, settings, splits, saved.metadata.prompts, device, args.workers, saved)
+        cache = open_cache(run, args.cache_gb)
+        train(run, settings, splits, saved.metadata.prompts, device, args.workers, cache, saved)
 
 
 def main():

@@ -1,0 +1,86 @@
+"""Decoded images, kept in a file while a training runs, so that each image is decoded once and not in every epoch.
+
+The file lies in the run's folder and has no name: it is gone with the process, however that ends. It is mapped into
+memory, so that the system keeps as much of it there as has room, and nothing has to be copied.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from errors import reason
+
+
+class PixelCache:
+    """Arrays of uint8 made of files, at most `limit` bytes of them. Threads may share it.
+
+    What is found is what was made: the same pixels, unless the file has changed since then, which is looked up each
+    time. Where the limit is reached, or the disk is full, the rest is made anew each time. A limit of 0: all is.
+    """
+
+    def __init__(self, folder=None, limit=0):
+        self.limit, self.used, self.places, self.lock = limit, 0, {}, threading.Lock()
+        self.file = tempfile.TemporaryFile(dir=folder) if limit else None  # noqa: SIM115, closed with the process
+
+    def get(self, file, kind, make):
+        """→ make(), an array of uint8; kind: hashable, tells apart different things made of the same file."""
+        if not self.limit:
+            return make()
+        try:
+            status = os.stat(file)
+        except OSError:
+            return make()  # which will say what is wrong with it
+        stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        known, offset, shape = self.places.get((file, kind), (None, 0, ()))
+        if known == stamp:
+            with self.lock:  # it moves the file's position
+                return np.memmap(self.file, np.uint8, "r", offset, shape)
+        pixels = make()
+        with self.lock:
+            if self.used + pixels.nbytes <= self.limit:
+                try:
+                    self.file.seek(self.used)
+                    self.file.write(np.ascontiguousarray(pixels))
+                    self.file.flush()
+                    self.places[file, kind] = stamp, self.used, pixels.shape
+                    self.used += pixels.nbytes
+                except OSError as problem:
+                    print(f"note: decoded images are no longer kept ({reason(problem)})", file=sys.stderr)
+                    self.limit = self.used
+        return pixels
+
+
+NO_CACHE = PixelCache()
+
+
+def open_cache(folder, gigabytes=None):
+    """→ PixelCache in the folder; without a number, up to a quarter of the free space there."""
+    return PixelCache(folder, int(1e9 * gigabytes) if gigabytes is not None else shutil.disk_usage(folder).free // 4)
+
+
+def main():
+    """A large JPEG, read three times, with and without a cache."""
+    from PIL import Image
+
+    from images import load_image, shrink
+
+    noise = np.random.default_rng(0).integers(0, 256, (63, 80, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "large.jpg")
+        Image.fromarray(noise).resize((1280, 1008)).save(file)
+        for name, cache in (("without", NO_CACHE), ("with", PixelCache(folder, 10**7))):
+            for which in ("first", "second", "third"):
+                start = time.perf_counter()
+                pixels = cache.get(file, 448, lambda: shrink(load_image(file, 448), 448))
+                took = 1000 * (time.perf_counter() - start)
+                print(f"{name:7} a cache, {which:6} time: {pixels.shape} in {took:.1f} ms, sum {pixels.sum()}")
+
+
+if __name__ == "__main__":
+    main()
