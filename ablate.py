@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from cache import open_cache
 from checkpoint import base_folder
-from cli import Parser, add_machine_flags, file_path, find_device, positive_int, whole_number
+from cli import Parser, add_machine_flags, file_path, find_device, positive_int, set_threads, whole_number
 from data import class_names
 from errors import UserError, counted, run_script
 from files import make_folder, read_json, write_json, write_text
@@ -119,8 +119,8 @@ def rows_of_settings(texts, parser, settings, device):
     rows = {"all": Row(with_parts(*OFF))}
     for text in texts:
         flags = [f"--{flag}" for flag in text.split()]
-        varied = Settings.from_flags(parser.parse_args([*sys.argv[1:], *flags]))
-        refuse_idle([flag.strip("-").split("=")[0].replace("-", "_") for flag in flags], varied, device)
+        varied = Settings.from_flags(parser.parse_args([*sys.argv[1:], *flags]), device)
+        refuse_idle([flag.strip("-").split("=")[0].replace("-", "_") for flag in flags], varied)
         new, old = asdict(varied), asdict(settings)
         changes = {key: value for key, value in new.items() if value != old[key]}
         if not changes or changes.keys() & {"data", "split", "fold", "duplicates", "seed"}:
@@ -143,7 +143,7 @@ class Trainings:
         """repeats: {name: changes of the settings}; total: how many trainings there will be."""
         self.settings, self.repeats, self.args, self.total = settings, repeats, args, total
         self.untrained, self.runs, self.done = {}, set(), 0  # runs: those looked at; done: those trained now
-        self.device, self.cache = find_device(args.device), open_cache(args.folder, args.cache_gb)
+        self.how = find_device(args.device), args.workers, open_cache(args.folder, args.cache_gb)
         with redirect_stdout(sys.stderr):  # standard output is the table's
             self.samples, self.duplicates, _ = load_checked(settings, args.workers)
 
@@ -186,8 +186,7 @@ class Trainings:
             redirect_stderr(log),
         ):
             write_split(run / "split.csv", splits)
-            how = self.device, self.args.workers, self.cache
-            metrics = train(run, settings, splits, prompts, *how, zero_shot=known, rounds=1)
+            metrics = train(run, settings, splits, prompts, *self.how, zero_shot=known, rounds=1)
             (run / "last.safetensors").unlink()  # nothing is resumed in the middle of a training
         self.untrained[key], self.done = _untrained(metrics), self.done + 1
 
@@ -309,9 +308,10 @@ def check_folder(folder, name, content):
 
 def main():
     parser, args = parse_arguments()
-    settings = Settings.from_flags(args)
     device = find_device(args.device)
-    refuse_idle(args.given, settings, device)
+    settings = Settings.from_flags(args, device)
+    refuse_idle(args.given, settings)
+    set_threads(args.threads)
     if (base_folder(settings.weights) / "adapter.safetensors").is_file():
         raise UserError(f"{settings.weights} is a run, which has learned already; name the base model by --weights")
     prompts = read_json(args.prompts) if args.prompts else None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -48,6 +49,8 @@ def add_machine_flags(parser, trains=False):
         "--workers", type=whole_number, default=workers, help="threads that read images; 0: the main one does"
     )
     if trains:
+        free = "threads that compute; default: one for each core that no other program keeps busy"
+        parser.add_argument("--threads", type=positive_int, help=free)
         most = "GB of the disk for decoded images while training, 0: none; default: a quarter of what is free"
         parser.add_argument("--cache-gb", type=gigabytes, help=most)
 
@@ -156,6 +159,37 @@ def report_bad(bad):
         sys.exit(1)
 
 
+def set_threads(wanted=None):
+    """As many threads compute as wanted; without a number one for each core that no other program keeps busy.
+
+    Threads that share a matrix product wait for each other in a busy loop. Where another program takes one's core, all
+    the others burn theirs: on two cores two threads beside a busy program were 2.5 times slower than one.
+    """
+    if not wanted and torch.get_num_threads() > 1:
+        wanted = max(1, math.floor(min(torch.get_num_threads(), _idle_cores(0.2) + 0.5)))
+        if wanted < torch.get_num_threads():
+            print(f"note: other programs keep cores busy, so {counted(wanted, 'thread')} will do; --threads decides it")
+    torch.set_num_threads(wanted or torch.get_num_threads())
+
+
+def _idle_cores(seconds):
+    """How many of the cores that this process may use were idle in the next seconds; infinite where nothing tells."""
+
+    def idle():
+        with open("/proc/stat") as file:
+            times = {name: list(map(int, values)) for name, *values in map(str.split, file) if name.startswith("cpu")}
+        mine = [times[f"cpu{core}"] for core in os.sched_getaffinity(0)]
+        return sum(values[3] for values in mine), sum(map(sum, mine)), len(mine)  # idle, all, in hundredths of a second
+
+    try:
+        before, total_before, _ = idle()
+        time.sleep(seconds)
+        after, total_after, cores = idle()
+        return cores * (after - before) / (total_after - total_before)
+    except (OSError, AttributeError, KeyError, ValueError, ZeroDivisionError):  # not on Linux
+        return math.inf
+
+
 def native_precision(device):
     """The type that the device multiplies matrices in fastest, of those that serve: bfloat16 on GPUs and CPUs that have
     instructions for it, float16 on older GPUs, float32 elsewhere.
@@ -185,7 +219,8 @@ def name_of(dtype):
 
 
 class Progress:
-    """At most one line a second: progress, images or steps per second, and time left; on a terminal, in place."""
+    """Until all is done, at most one line a second: progress, images or steps per second, time left; on a terminal, in
+    place."""
 
     def __init__(self, total, file=None, unit="images"):
         self.total, self.file, self.unit, self.start = total, file or sys.stdout, unit, time.monotonic()
@@ -194,7 +229,7 @@ class Progress:
     def __call__(self, done, text, loss=None):
         """loss: a scalar tensor; its value is fetched from a GPU only when a line is printed."""
         now = time.monotonic()
-        if now - self.last < 1:
+        if now - self.last < 1 or done == self.total:
             return
         self.last = now
         rate = done / (now - self.start)

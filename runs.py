@@ -122,6 +122,7 @@ class State:
     zero_shot: dict  # the untrained model's figures
     split: str  # the hash of split.csv
     step: int = 0  # finished steps
+    threads: int = 0  # that computed: another number adds up in another order
     seconds: float = 0.0  # spent on them, evaluation included
     best_score: float = -1.0
     best_step: int = 0  # after which the model was best

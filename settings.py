@@ -137,8 +137,9 @@ class Settings:
                 raise UserError(f"{_flag(f)} should be {_describe(**expected)}, not {given[:200]}")
 
     @classmethod
-    def from_flags(cls, args):
-        """The parsed flags, with paths made absolute and what was left out filled in."""
+    def from_flags(cls, args, device):
+        """The parsed flags, with paths made absolute and what was left out filled in. Raises UserError where the device
+        does not know the precision."""
         given = {f.name: getattr(args, f.name) for f in fields(cls)}
         data = args.data if args.data == "phantom" else str(Path(args.data).resolve())
         weights = args.weights or ("phantom" if data == "phantom" else "clip-vit-b-16")
@@ -147,7 +148,10 @@ class Settings:
         lr, steps = DEFAULTS["scratch" if scratch else "full" if full else "phantom" if small else "adapters"]
         if not scratch and base_folder(weights) == Path(weights):  # a path, not a name
             weights = str(Path(weights).resolve())
-        given |= {"data": data, "weights": weights, "full": full}
+        precision = name_of(find_precision(args.precision, device))
+        if args.precision not in ("auto", precision):
+            raise UserError(f"--precision: {device} has no instructions for {args.precision}; leave it out")
+        given |= {"data": data, "weights": weights, "full": full, "precision": precision}
         given |= {"lr": lr} if args.lr is None else {}
         given |= {"steps": steps} if args.steps is None else {}
         return cls(**given)
@@ -182,16 +186,14 @@ def given_settings(parser):
     return {name: value for name, value in given.items() if value is not None}
 
 
-def refuse_idle(given, settings, device):
-    """Raise UserError where a flag that was given does nothing beside another one, or on the device."""
+def refuse_idle(given, settings):
+    """Raise UserError where a flag that was given does nothing beside another one."""
     if settings.full or not settings.lora_rank:
         why = "--lora-rank 0" if not settings.lora_rank else "--full" if "full" in given else "--weights scratch"
         idle = [name for name in given if name.startswith("lora_") and (name != "lora_rank" or settings.lora_rank)]
         _refuse(idle, why)
     if settings.fusion == "none":
         _refuse([name for name in given if name == "levels"], "--fusion none")
-    if settings.precision not in ("auto", name_of(find_precision(settings.precision, device))):
-        raise UserError(f"--precision: {device} has no instructions for {settings.precision}; leave it out")
 
 
 def _refuse(idle, why):

@@ -28,7 +28,6 @@ Source: arXiv 2509.00752 for the components and the joint objective; how they ar
 import math
 import os
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,9 +36,9 @@ import torch.nn.functional as F
 from build import check_model, describe_cut, load_trained, new_model, to_device, trained_parameters
 from cache import open_cache
 from checkpoint import read_safetensors
-from cli import Parser, Progress, add_machine_flags, file_path, find_device, find_precision, name_of
+from cli import Parser, Progress, add_machine_flags, file_path, find_device, name_of, set_threads
 from data import batch_of, class_names, training_batches
-from errors import UserError, run_script, shown
+from errors import UserError, counted, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
 from files import write_json, write_text
 from fusion import slerp_mix
@@ -163,12 +162,11 @@ def train(run, settings, splits, prompts, device, workers, cache, saved=None, ro
     """Train a model into the run's folder, or go on with what was Saved there → its metrics. rounds: how often
     val is scored; zero_shot: the untrained model's figures, if they are known."""
     scored = scored_split(splits)
-    settings = replace(settings, precision=name_of(find_precision(settings.precision, device)))
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
     to_device(model, settings, device)
     optimization = Optimization(model, settings, device)
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
-    where = f"{device} in {settings.precision}"
+    where = f"{device}, {counted(torch.get_num_threads(), 'thread')}, {name_of(model.precision)}"
     print(f"{settings.weights} on {where}: training {trained:,} of {total:,} parameters into {shown(run)}")
     texts = [text for of_class in prompts.values() for text in of_class] + _captions(splits)
     print(describe_cut(tokenizer, texts, model.clip.config.context_length), end="")
@@ -180,7 +178,7 @@ def train(run, settings, splits, prompts, device, workers, cache, saved=None, ro
     if saved:
         state = resume(run, saved, metadata, model, optimization, device)
     else:
-        state = State(zero_shot or figures(scored), hash_of(splits))
+        state = State(zero_shot or figures(scored), hash_of(splits), threads=torch.get_num_threads())
         print(f"before training, on {scored}:  {summary(state.zero_shot)}", flush=True)
     keep(run, metadata, state, optimization)
     log(run, state.step)
@@ -209,8 +207,9 @@ def _captions(splits):
 
 def begin(args, device):
     """A new training."""
-    settings = Settings.from_flags(args)
-    refuse_idle(args.given, settings, device)
+    settings = Settings.from_flags(args, device)
+    refuse_idle(args.given, settings)
+    set_threads(args.threads)
     if args.run:
         check_unused(args.run)
     check_model(settings)
@@ -236,8 +235,9 @@ def go_on(args, device):
     with claimed(run):
         saved, splits = read_saved(run, args.given)
         settings = saved.metadata.settings
-        cache = open_cache(run, args.cache_gb)
-        train(run, settings, splits, saved.metadata.prompts, device, args.workers, cache, saved)
+        set_threads(args.threads or saved.state.threads)
+        how = device, args.workers, open_cache(run, args.cache_gb), saved
+        train(run, settings, splits, saved.metadata.prompts, *how)
 
 
 def main():

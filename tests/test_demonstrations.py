@@ -34,6 +34,7 @@ def test_the_figure_is_drawn(tmp_path):
         ("metrics.py", "macro-F1"),
         ("checkpoint.py", "vision_model.encoder.layers.0.self_attn.q_proj.weight"),
         ("images.py", "augmented (224, 224, 3)"),
+        ("cache.py", "with    a cache, third  time: (448, 569, 3)"),
         ("sides.py", "cone of light at 5 o'clock"),
         ("files.py", "it is nested too deeply"),
         ("data.py", "cone at 5 o'clock"),

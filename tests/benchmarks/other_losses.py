@@ -18,8 +18,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import ablate
-import runs
+import build
 import train
+from cli import find_device
 from fusion import FusedCLIP
 from images import normalize
 from kernels import contrastive_loss, slerp
@@ -65,14 +66,15 @@ class TwoTemperatures(FusedCLIP):
 CHOICES = {
     "all": patch.object(train, "joint_loss", train.joint_loss),
     "slerp towards a prompt": patch.object(train, "joint_loss", loss_with_text_partners),
-    "two temperatures": patch.object(runs, "FusedCLIP", TwoTemperatures),
+    "two temperatures": patch.object(build, "FusedCLIP", TwoTemperatures),
 }
 
 
 def main():
     _, args = ablate.parse_arguments()
     repeats = {str(seed): {"seed": seed} for seed in args.seeds}
-    trainings = ablate.Trainings(Settings.from_flags(args), repeats, args, len(CHOICES) * len(repeats))
+    settings = Settings.from_flags(args, find_device(args.device))
+    trainings = ablate.Trainings(settings, repeats, args, len(CHOICES) * len(repeats))
     (shots,) = args.shots or (None,)
     results = {}
     for name, other in CHOICES.items():

@@ -1,0 +1,93 @@
+"""cache: the pixels with it are those without it, whatever happens to the files and the disk."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from cache import NO_CACHE, PixelCache, open_cache
+from checkpoint import read_safetensors
+from images import augment, load_image, shrink
+
+
+def noise(file, size=(90, 70), seed=0):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(file)
+    return file
+
+
+def read(store, file, side=40):
+    return store.get(file, side, lambda: shrink(load_image(file, side), side))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_what_was_made_is_found_and_made_no_more(name, tmp_path):
+    file, store = noise(tmp_path / name), PixelCache(tmp_path, 10**6)
+    first = read(store, file)
+    assert first.shape == (40, 51, 3) and np.array_equal(first, read(NO_CACHE, file))
+    for _ in range(2):
+        found = store.get(file, 40, lambda: pytest.fail("it was made again"))
+        assert isinstance(found, np.memmap) and np.array_equal(found, first)
+    assert read(store, file, side=20).shape == (20, 26, 3)  # another kind
+    assert os.listdir(tmp_path) == [name]  # the file has no name
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    file, store = noise(tmp_path / "a.png"), PixelCache(tmp_path, 10**6)
+    first = read(store, file).copy()
+    noise(file, seed=1)
+    assert not np.array_equal(read(store, file), first)
+    assert np.array_equal(read(store, file), read(NO_CACHE, file))
+    file.unlink()
+    with pytest.raises(Exception, match="there is no such file"):
+        read(store, file)
+
+
+def test_beyond_the_limit_nothing_is_kept(tmp_path):
+    files = [noise(tmp_path / f"{i}.png", seed=i) for i in range(3)]
+    store = PixelCache(tmp_path, 2 * 40 * 51 * 3)
+    assert all(np.array_equal(read(store, file), read(NO_CACHE, file)) for file in files * 2)
+    assert [isinstance(read(store, file), np.memmap) for file in files] == [True, True, False]
+    assert open_cache(tmp_path, 0.001).limit == 10**6 and open_cache(tmp_path, 0).file is None
+    assert 0 < open_cache(tmp_path).limit < 10**15
+
+
+def test_a_full_disk_is_no_error(tmp_path, capsys):
+    files, store = [noise(tmp_path / f"{i}.png", seed=i) for i in range(2)], PixelCache(tmp_path, 10**6)
+    read(store, files[0])
+
+    class Full:
+        def __getattr__(self, name):
+            raise OSError(28, "No space left on device")
+
+    whole, store.file = store.file, Full()
+    assert np.array_equal(read(store, files[1]), read(NO_CACHE, files[1]))
+    assert capsys.readouterr().err.startswith("note: decoded images are no longer kept (")
+    store.file = whole
+    assert isinstance(read(store, files[0]), np.memmap) and not isinstance(read(store, files[1]), np.memmap)
+
+
+def test_a_training_ends_with_the_same_bits_with_and_without_a_cache(script, pictures, base, tmp_path, monkeypatch):
+    for name, flags in (("with", ()), ("without", ("--cache-gb", 0)), ("little", ("--cache-gb", 1e-5))):
+        run = "--run", tmp_path / name, "--steps", 8, "--lr", "1e-3", "--batch-size", 8
+        assert script(train, "--data", pictures / "images", "--weights", base, *run, *flags, "--device", "cpu")[0] == 0
+    with_it, without, little = (
+        read_safetensors(tmp_path / name / "adapter.safetensors")[0] for name in ("with", "without", "little")
+    )
+    assert all(with_it[name].equal(without[name]) and with_it[name].equal(little[name]) for name in with_it)
+    assert {file.name for file in (tmp_path / "with").iterdir()} == {
+        file.name for file in (tmp_path / "without").iterdir()
+    }
+
+
+def test_a_large_image_is_shrunk_and_a_small_one_left_alone(tmp_path):
+    large, small = noise(tmp_path / "large.jpg", (1280, 1008)), noise(tmp_path / "small.png", (60, 50))
+    assert load_image(large, 448).size == (640, 504) and load_image(large).size == (1280, 1008)
+    pixels = shrink(load_image(large, 448), 448)
+    assert pixels.shape == (448, 569, 3)
+    assert np.array_equal(shrink(load_image(small, 50), 50), np.asarray(Image.open(small)))
+    whole = augment(load_image(large), 224, random.Random(0), False)
+    shrunk = augment(Image.fromarray(pixels), 224, random.Random(0), False)
+    assert np.abs(whole.astype(float) - shrunk).mean() < 12  # of noise; what is scaled down twice is a little softer
