@@ -1,21 +1,19 @@
-"""A model is put together: CLIP, low-rank adapters, fusion and class head, as the settings say; and its embeddings."""
+"""A model is put together: CLIP, low-rank adapters, fusion and class head, as the settings say."""
 
+import contextlib
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import peft_format
-from cache import NO_CACHE
-from checkpoint import base_folder, fingerprint, infer_config, load_clip, read_safetensors
-from cli import Progress, find_precision
-from errors import UserError, counted, reason, shown
+from checkpoint import base_folder, fingerprint, infer_config, load_clip, read_safetensors, weights_file
+from cli import find_precision
+from errors import UserError, reason
+from files import read_json, stamp_of, write_json
 from fusion import FusedCLIP, default_levels
-from images import load_image, normalize, prefetch, to_square
 from lora import add_lora, fold_lora, merge_lora
 from model import CLIP, CLIPConfig
 from settings import Settings
@@ -177,30 +175,46 @@ def load_base(weights):
     return open_base(weights)[:2]
 
 
-def open_base(weights):
-    """The --weights flag → Base: CLIP's weights, or a PEFT adapter or a run, merged with theirs. Raises UserError where
-    there is none, or its merges don't fit."""
+def open_base(weights, seen=None):
+    """The --weights flag → Base: CLIP's weights, or a PEFT adapter or a run, merged with theirs. seen: a file that
+    remembers CLIP's weights that were read before. Raises UserError where there are none, or their merges don't fit."""
     path, adapter = base_folder(weights), None
     if (path / "adapter.safetensors").is_file():
         if (path / "last.safetensors").is_file() and not (path / "metrics.json").is_file():
             raise UserError(f"{path} is not finished; go on with it first: python train.py --resume --run {path}")
         model, tokenizer, metadata = read_run(path)
         fold_lora(model.clip)
-        # Merged weights may round otherwise elsewhere. So the hash is that of what was added to which base, and how.
-        own, s = read_safetensors(path / "adapter.safetensors")[0], metadata.settings
-        how = f"{metadata.base['fingerprint']} {s.lora_rank} {s.lora_alpha} {s.fusion} {s.levels} {s.frame}"
-        return Base(model.clip, tokenizer, fingerprint({how: torch.zeros(0), **own}), (model, metadata))
+        return Base(model.clip, tokenizer, model.fingerprint, (model, metadata))
     if (path / peft_format.CONFIG).is_file():
         path, adapter = peft_format.base_of(path), path
-    clip = load_clip(path)
+    stamp, known = _known(seen, path) if seen else (None, None)
+    clip = load_clip(path, checked=known is not None)
     tokenizer = Tokenizer(path if path.is_dir() else path.parent)
     if len(tokenizer) != clip.config.vocab_size:
         raise UserError(
             f"the merges.txt of {path} makes {len(tokenizer):,} tokens, the weights expect {clip.config.vocab_size:,}; "
             "put the merges.txt that belongs to the weights there"
         )
-    key = peft_format.merge_adapter(clip, adapter) if adapter else fingerprint(clip.state_dict())
+    if adapter:
+        return Base(clip, tokenizer, peft_format.merge_adapter(clip, adapter))
+    key = known or fingerprint(clip.state_dict())
+    if seen and not known:
+        with contextlib.suppress(UserError):  # a folder that may not be written to
+            write_json(seen, {"stamp": stamp, "fingerprint": key})
     return Base(clip, tokenizer, key)
+
+
+SEEN = "base.json"
+
+
+def _known(seen, path):
+    """→ the stamp of a file of weights; and its fingerprint, if it was read and checked before and is unchanged, else
+    None. All of a file of 600 MB need not be read again for a few words."""
+    stamp = list(stamp_of(weights_file(path)))
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        kept = read_json(seen)
+        return stamp, kept["fingerprint"] if kept["stamp"] == stamp else None
+    return stamp, None
 
 
 def check_config(run, kept, found, weights):
@@ -228,26 +242,38 @@ def go_on_from(start, model, prompts):
         print("note: the run fuses levels in another way, which is left behind; its class vectors were trained with it")
 
 
-def load_run(run, device, weights=None, merge=True):
-    """A run's folder → (FusedCLIP for inference, Tokenizer, Metadata).
-
-    weights: where the base model is, should it have moved; merge: add the adapters into the weights, which is faster
-    but rounds. Raises UserError.
-    """
+def load_run(run, device, weights=None):
+    """A run's folder → (FusedCLIP for inference, Tokenizer, Metadata); `prepare` its towers before they are used.
+    weights: where the base model is, should it have moved. Raises UserError."""
     model, tokenizer, metadata = read_run(run, weights)
-    if merge:
-        merge_lora(model)
-    return to_device(model.requires_grad_(False), metadata.settings, device).eval(), tokenizer, metadata
+    model.requires_grad_(False).eval().to(device)
+    model.precision = find_precision(metadata.settings.precision, device)
+    model.waiting = {"visual", "text"}
+    return model, tokenizer, metadata
+
+
+@torch.no_grad()
+def prepare(model, tower):
+    """Before the first use of a tower, visual or text, of a loaded run: merge its adapters, and keep its matrices in
+    the model's precision. A search by text so reads half of the base model's file."""
+    if tower in model.waiting:
+        merge_lora(getattr(model.clip, tower))
+        _round(getattr(model.clip, tower), model.precision)
+        model.waiting.remove(tower)
 
 
 def to_device(model, settings, device):
-    """Move a model to the device, and let it multiply in the settings' precision, if the device can. Matrices that are
-    not trained are kept in that type; else autocast would convert them each time. Returns the model."""
+    """Move a model to the device, and let it multiply in the settings' precision, if the device can."""
     model.precision = find_precision(settings.precision, device)
+    _round(model, model.precision)
+    model.to(device)
+
+
+def _round(model, precision):
+    """Keep matrices that are not trained in this type; autocast would convert them at every step."""
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
-            layer.weight.data = layer.weight.data.to(model.precision)
-    return model.to(device)
+            layer.weight.data = layer.weight.data.to(precision)
 
 
 def read_run(run, weights=None):
@@ -272,66 +298,14 @@ def read_run(run, weights=None):
             raise UserError(f"{run / 'merges.txt'} is not what {file.name} was trained with; restore it")
     else:
         weights = find_base(weights, base["weights"], run)
-        clip, tokenizer, own, _ = open_base(weights)
+        clip, tokenizer, own, _ = open_base(weights, run / SEEN)
         if own != base["fingerprint"]:
             raise UserError(f"{run} was trained on other base weights than {weights}; say where they are by --weights")
         check_config(run, base["config"], plain(clip.config), weights)
     model = assemble(clip, settings, len(metadata.classes))
     load_trained(model, tensors, file)
+    # Merged weights may round otherwise elsewhere. So the hash is that of what was added to which base, and how.
+    s = settings
+    how = f"{base['fingerprint']} {s.lora_rank} {s.lora_alpha} {s.fusion} {s.levels} {s.frame}"
+    model.fingerprint = fingerprint({how: torch.zeros(0), **tensors})
     return model, tokenizer, metadata
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Embeddings
-
-
-@torch.inference_mode()
-def encode_batches(model, files, device, batch_size, workers, what, bad=None, cache=NO_CACHE):
-    """Yield (files, their (B, embed_dim) float32 fused embeddings on the CPU, not of unit length) of each batch.
-
-    Files that cannot be read are left out and put into `bad`, {file: why}. Without it they are a UserError."""
-    size, how = model.clip.config.image_size, model.clip.config.preprocessing
-
-    def pixels_of(file):
-        try:
-            return cache.get(file, (size, how), lambda: to_square(load_image(file), size, how))
-        except UserError as problem:
-            if bad is None:
-                raise
-            bad[file] = str(problem)
-
-    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
-    progress, done = Progress(len(files), sys.stderr), 0
-    for batch, arrays in zip(batches, prefetch(pixels_of, batches, workers), strict=True):
-        good = [(file, array) for file, array in zip(batch, arrays, strict=True) if array is not None]
-        if good:
-            read, arrays = zip(*good, strict=True)
-            pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device), how)
-            yield read, model.encode_image(pixels).cpu()
-        done += len(batch)
-        progress(done, what)
-
-
-def encode_images(model, files, device, batch_size, workers, what="encoding", bad=None, cache=NO_CACHE):
-    """Image files → (N, embed_dim) float32; see `encode_batches`."""
-    features = [f for _, f in encode_batches(model, files, device, batch_size, workers, what, bad, cache)]
-    return torch.cat(features) if features else torch.empty(0, model.clip.config.embed_dim)
-
-
-@torch.inference_mode()
-def encode_texts(model, tokenizer, texts, device):
-    """Texts → (N, embed_dim) float32 embeddings on the CPU, not of unit length."""
-    tokens = tokenizer(texts, model.clip.config.context_length)
-    return torch.cat([model.encode_text(part.to(device)).cpu() for part in tokens.split(256)])
-
-
-def describe_cut(tokenizer, texts, context_length):
-    """→ a line about the texts that are too long, or nothing where there are none."""
-    cut = too_long(tokenizer, dict.fromkeys(texts), context_length)
-    what = f" and {counted(len(cut) - 1, 'other')}" if len(cut) > 1 else ""
-    return f"note: too long for the model, so that its end is cut: {shown(cut[0][:300])}{what}\n" if cut else ""
-
-
-def too_long(tokenizer, texts, context_length):
-    """→ those of the texts that the text tower cannot see whole. The start and end tokens take two places."""
-    return [text for text in texts if len(tokenizer.encode(text)) > context_length - 2]

@@ -4,7 +4,6 @@ The file lies in the run's folder and has no name: it is gone with the process, 
 memory, so that the system keeps as much of it there as has room, and nothing has to be copied.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import reason
+from files import stamp_of
 
 
 class PixelCache:
@@ -33,10 +33,9 @@ class PixelCache:
         if not self.limit:
             return make()
         try:
-            status = os.stat(file)
+            stamp = stamp_of(file)
         except OSError:
             return make()  # which will say what is wrong with it
-        stamp = status.st_size, status.st_mtime_ns, status.st_ctime_ns
         known, offset, shape = self.places.get((file, kind), (None, 0, ()))
         if known == stamp:
             with self.lock:  # it moves the file's position

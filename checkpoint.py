@@ -68,12 +68,12 @@ def translate(name, naming):
     return name
 
 
-def load_clip(path, dtype=torch.float32):
+def load_clip(path, dtype=torch.float32, checked=False):
     """Build a `CLIP` from a .safetensors file, or a folder with a model.safetensors or open_clip_model.safetensors.
 
     OpenAI's and Hugging Face's tensor names are both read, in any floating type. The file is mapped into memory: where
     it already holds `dtype`, no weight is copied until training writes to it. What the shapes of the tensors don't show
-    is read from the configuration files beside it (clip_config.py).
+    is read from the configuration files beside it (clip_config.py). checked: its values are known to be finite.
 
     Raises UserError if there is no such file, if it is not a CLIP ViT checkpoint, holds a value that is not finite, or
     with every missing, unexpected and mis-shaped tensor by its name in the file.
@@ -84,7 +84,8 @@ def load_clip(path, dtype=torch.float32):
             tensors = {name: t for name, t in load_file(file).items() if not IGNORED.fullmatch(name)}
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as problem:
         raise UserError(f"{file} is no safetensors file or damaged ({reason(problem)}); download it again") from None
-    refuse_odd(tensors, file)
+    if not checked:
+        refuse_odd(tensors, file)
 
     naming = OPENAI if "visual.conv1.weight" in tensors else HUGGING_FACE
     config = infer_config(tensors, naming, file)

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from build import encode_images, load_run
+from build import load_run
 from cli import (
     Parser,
     add_query_flags,
@@ -16,6 +16,7 @@ from cli import (
     print_json,
     report_bad,
 )
+from encoding import encode_images
 from entrep import class_numbers, find_queries, read_queries, zip_submission
 from errors import UserError, run_script, shown
 from images import find_images

@@ -15,10 +15,11 @@ from dataclasses import replace
 
 import torch
 
-from build import encode_images, encode_texts, load_run
+from build import read_run, to_device
 from cache import NO_CACHE
 from cli import Parser, add_run_flags, find_device, print_json, report_bad
 from data import load_dataset
+from encoding import encode_images, encode_texts
 from errors import UserError, run_script, shown
 from metrics import (
     FEWEST_GROUPS,
@@ -229,7 +230,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON, by the names of metrics.json")
     args = parser.parse_args()
     device, run = find_device(args.device), find_run(args.run)
-    model, tokenizer, metadata = load_run(run, device, args.weights, merge=False)
+    model, tokenizer, metadata = read_run(run, args.weights)
+    to_device(model.requires_grad_(False), metadata.settings, device)  # as in training, adapters apart
     if args.data:
         name = args.data
         samples, note = other_samples(name, run, metadata)

@@ -138,6 +138,13 @@ def read_text(file):
         raise UserError(f"{file} is damaged UTF-16; save it as UTF-8") from None
 
 
+def stamp_of(file):
+    """What can be known of a file without reading it: path, size, and times of modification and of status change. The
+    last of these changes with any change of the file, and programs cannot set it back. Raises OSError."""
+    status = os.stat(file)
+    return os.path.realpath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def read_json(file):
     """JSON file → Python values, as strictly as `parse_json`. Raises UserError."""
     content = read_bytes(file)

@@ -128,7 +128,9 @@ class FusedCLIP(nn.Module):
         levels = levels or default_levels(len(clip.visual.blocks))
         self.fusion = None if mode == "none" else MultiLevelFusion(clip.visual, levels, mode)
         self.head = nn.Parameter(torch.zeros(num_classes, clip.config.embed_dim))
-        self.precision = torch.float32  # that the towers multiply matrices in; build.py changes it
+        # Of a model that was loaded (build.py): the type that the towers multiply matrices in; the towers that are yet
+        # to be prepared; a hash of what it is.
+        self.precision, self.waiting, self.fingerprint = torch.float32, set(), None
 
     def encode_image(self, pixels):
         """(B, 3, H, W) → (B, embed_dim) float32, the fused embedding, not of unit length."""

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from build import encode_batches
-from checkpoint import fingerprint, write_safetensors
+from checkpoint import write_safetensors
+from encoding import encode_batches
 from errors import UserError, reason
-from files import parse_json, sha256
+from files import parse_json, sha256, stamp_of
 
 NAME = "index.safetensors"
 
@@ -32,16 +32,15 @@ def index_images(run, model, files, device, batch_size, workers):
     cannot: why}.
 
     Embeddings are kept in the run's index by the hash of a file's content, so that a moved or copied image need not be
-    encoded again. A file is read for its hash only if its path, its size, or its time of modification or of status
-    change differs from the index. The last of these changes with any change of the file, and programs cannot set it
-    back. The index also holds the model's fingerprint: another model makes it anew.
+    encoded again. A file is read for its hash only if its stamp (files.py) differs from the index. The index also holds
+    the model's fingerprint: another model makes it anew.
     """
-    index, key = run / NAME, fingerprint(model.state_dict())
+    index, key = run / NAME, f"{model.fingerprint} {model.precision}"
     hashes, row, kept = _read(index, key, model.clip.config.embed_dim)
     stamps, bad, before, fresh = {}, {}, len(hashes), []
     for file in files:
         try:
-            stamp = _stamp(file)
+            stamp = stamp_of(file)
             hashes[stamp] = hashes.get(stamp) or _hash(file)
             stamps[file] = stamp
         except OSError as problem:
@@ -65,12 +64,6 @@ def index_images(run, model, files, device, batch_size, workers):
         raise UserError(f"none of the {len(files):,} images can be read, {next(iter(bad.values()))}")
     chosen = [row[hashes[stamps[file]]] for file in good]
     return good, rows if chosen == list(range(len(rows))) else rows[torch.tensor(chosen)], bad
-
-
-def _stamp(file):
-    """What can be known of a file without reading it, hashable."""
-    status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _hash(file):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from build import describe_cut, encode_images, encode_texts, load_run
+from build import load_run
 from checkpoint import save_tensors
 from cli import (
     Parser,
@@ -26,6 +26,7 @@ from cli import (
     report_bad,
     typed,
 )
+from encoding import describe_cut, encode_images, encode_texts
 from entrep import find_queries, name_images, read_queries, zip_submission
 from errors import UserError, run_script, shown
 from files import whole

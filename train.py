@@ -33,11 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from build import check_model, describe_cut, load_trained, new_model, to_device, trained_parameters
+from build import check_model, load_trained, new_model, to_device, trained_parameters
 from cache import open_cache
 from checkpoint import read_safetensors
 from cli import Parser, Progress, add_machine_flags, file_path, find_device, name_of, set_threads
 from data import batch_of, class_names, training_batches
+from encoding import describe_cut
 from errors import UserError, counted, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
 from files import write_json, write_text

@@ -15,6 +15,7 @@ from PIL import Image
 import build
 import classify
 import data
+import encoding
 import evaluate
 import phantom
 import retrieve
@@ -125,12 +126,12 @@ def test_three_submissions_are_what_a_strict_grader_accepts(challenge, run, scri
 
     # The answers are those of the model, computed by hand.
     model, tokenizer, _ = build.load_run(run, torch.device("cpu"))
-    images = build.encode_images(model, [test / "imgs" / name for name in names], torch.device("cpu"), 8, 0)
+    images = encoding.encode_images(model, [test / "imgs" / name for name in names], torch.device("cpu"), 8, 0)
     gallery = F.normalize(images, dim=1).half().float()  # as the index keeps them
     cosines = F.normalize(gallery, dim=1) @ gallery.T
     cosines.fill_diagonal_(-2)
     assert [names[i] for i in cosines.argmax(1).tolist()] == [found[name] for name in names]
-    queries = build.encode_texts(model, tokenizer, list(texts), torch.device("cpu"))
+    queries = encoding.encode_texts(model, tokenizer, list(texts), torch.device("cpu"))
     best = (F.normalize(queries, dim=1) @ gallery.T).argmax(1).tolist()
     assert [names[i] for i in best] == list(texts.values())
 

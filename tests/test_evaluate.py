@@ -12,6 +12,7 @@ from shapes import SHAPES
 
 import build
 import classify
+import encoding
 import evaluate
 import train
 from data import Sample, load_dataset
@@ -37,7 +38,7 @@ def test_images_of_the_same_group_are_not_searched(pictures, base):
 
     every, one_group = figures(samples), figures([s for s in samples if s.group.endswith("0")])
     assert one_group["i2i_mrr"] is None and one_group["t2i_mrr"] is not None
-    images = build.encode_images(model, [s.image for s in samples], torch.device("cpu"), 8, 0)
+    images = encoding.encode_images(model, [s.image for s in samples], torch.device("cpu"), 8, 0)
     similarity = (
         torch.nn.functional.normalize(images.double(), dim=1) @ torch.nn.functional.normalize(images.double()).T
     )

@@ -18,6 +18,7 @@ from transformers.image_utils import load_image as their_load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import build
+import encoding
 import train
 from errors import UserError
 from images import (
@@ -527,4 +528,4 @@ def test_a_run_keeps_its_frame(script, base, pictures, tmp_path):
     pixels = preprocess(load_image(image), 32, Preprocessing("squash"))
     with torch.no_grad():
         expected = model.encode_image(pixels[None])
-    torch.testing.assert_close(build.encode_images(model, [image], torch.device("cpu"), 1, 0), expected)
+    torch.testing.assert_close(encoding.encode_images(model, [image], torch.device("cpu"), 1, 0), expected)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Each row may import from its own and from those below it; a script is imported by nobody, with two exceptions.
 LAYERS = [
     {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
-    {"runs", "build", "optimization", "settings", "pictures", "cli", "index"},
+    {"runs", "build", "optimization", "settings", "pictures", "cli", "encoding", "index"},
     {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
     {"model", "tokenizer", "prompts", "images", "cache", "sides", "kernels", "metrics", "phantom"},
     {"files", "errors"},

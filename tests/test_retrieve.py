@@ -16,6 +16,7 @@ from safetensors import safe_open
 from shapes import SHAPES, draw
 
 import build
+import encoding
 import index
 import retrieve
 import train
@@ -39,8 +40,8 @@ def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictu
     assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 17  # not the example itself
 
     model, tokenizer, _ = build.load_run(trained, torch.device("cpu"))
-    text = build.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
-    images = build.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
+    text = encoding.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
+    images = encoding.encode_images(model, [r["image"] for r in found["text"]], torch.device("cpu"), 8, 0)
     assert torch.cosine_similarity(text, images).tolist() == pytest.approx(
         [r["score"] for r in found["text"]], abs=1e-4
     )
@@ -134,7 +135,7 @@ def test_embeddings_serve_other_programs(script, trained, pictures, tmp_path):
         assert json.loads(stored.metadata()["paths"]) == paths
         np.testing.assert_array_equal(stored.get_tensor("embeddings"), embeddings)
     model, _, _ = build.load_run(trained, torch.device("cpu"))
-    expected = F.normalize(build.encode_images(model, paths, torch.device("cpu"), 8, 0), dim=1)
+    expected = F.normalize(encoding.encode_images(model, paths, torch.device("cpu"), 8, 0), dim=1)
     assert len(set(paths)) == 18 and all(Path(path).is_absolute() for path in paths)
     np.testing.assert_allclose(embeddings, expected, atol=3e-4)  # kept in float16
 
@@ -183,6 +184,6 @@ def test_each_image_has_its_own_row_beside_copies(trained, pictures, tmp_path):
             shutil.copy(rng.choice(originals[: 4 * (turn + 1)]), files[-1])
         rng.shuffle(files)
         good, rows, bad = index.index_images(tmp_path / "run", model, files, cpu, rng.choice((1, 3, 99)), 0)
-        expected = F.normalize(build.encode_images(model, files, cpu, 8, 0), dim=1)
+        expected = F.normalize(encoding.encode_images(model, files, cpu, 8, 0), dim=1)
         assert good == files and not bad and rows.dtype == torch.float16
         torch.testing.assert_close(rows.float(), expected, rtol=0, atol=1e-3)

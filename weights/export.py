@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1]))
-from build import encode_images, read_run
+from build import read_run
 from checkpoint import HUGGING_FACE, OPENAI, base_folder, save_clip, write_safetensors
 from cli import Parser, add_machine_flags, file_path, find_device, typed
 from clip_config import RESAMPLE, RESIZE_MODES
 from data import load_dataset
+from encoding import encode_images
 from errors import UserError, run_script, shown
 from files import make_folder, write_json
 from lora import fold_lora
