@@ -308,7 +308,7 @@ def check_folder(folder, name, content):
 
 def main():
     parser, args = parse_arguments()
-    device = find_device(args.device)
+    device = find_device(args.device, alone=True)
     settings = Settings.from_flags(args, device)
     refuse_idle(args.given, settings)
     set_threads(args.threads)

@@ -16,6 +16,7 @@ from files import read_json, stamp_of, write_json
 from fusion import FusedCLIP, default_levels
 from lora import add_lora, fold_lora, merge_lora
 from model import CLIP, CLIPConfig
+from parallel import from_first
 from settings import Settings
 from sides import mirror_text
 from tokenizer import Tokenizer, learn_merges, save_merges
@@ -73,8 +74,12 @@ def _texts(items):
 def start_from_scratch(texts, run):
     """→ Base: a small CLIP with random weights whose BPE merges, learned from the texts, are kept in the run's folder.
     A run that is resumed has them already."""
-    if not (run / "last.safetensors").exists():
-        save_merges(learn_merges(texts, 1000), run / "merges.txt")
+
+    def learn():
+        if not (run / "last.safetensors").exists():
+            save_merges(learn_merges(texts, 1000), run / "merges.txt")
+
+    from_first(learn)
     tokenizer = Tokenizer(run)
     clip = CLIP(replace(SCRATCH, vocab_size=len(tokenizer))).initialize()
     return Base(clip, tokenizer, fingerprint_of_merges(tokenizer))

@@ -15,6 +15,7 @@ import numpy as np
 
 from errors import reason
 from files import stamp_of
+from parallel import local_world
 
 
 class PixelCache:
@@ -59,8 +60,10 @@ NO_CACHE = PixelCache()
 
 
 def open_cache(folder, gigabytes=None):
-    """→ PixelCache in the folder; without a number, up to a quarter of the free space there."""
-    return PixelCache(folder, int(1e9 * gigabytes) if gigabytes is not None else shutil.disk_usage(folder).free // 4)
+    """→ PixelCache in the folder; without a number, up to a quarter of the free space there. The processes on a machine
+    (parallel.py) divide it."""
+    most = int(1e9 * gigabytes) if gigabytes is not None else shutil.disk_usage(folder).free // 4
+    return PixelCache(folder, most // local_world())
 
 
 def main():

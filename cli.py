@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from errors import UserError, counted, shown
 
 
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 def add_machine_flags(parser, trains=False):
     """Where to compute: --device and --workers; for a training also --cache-gb."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    workers = min(8, os.cpu_count() or 1)
+    workers = max(1, min(8, (os.cpu_count() or 1) // parallel.local_world()))
     parser.add_argument(
         "--workers", type=whole_number, default=workers, help="threads that read images; 0: the main one does"
     )
@@ -110,8 +111,14 @@ def positive_int(text):
 # The device
 
 
-def find_device(name):
-    """The --device flag → torch.device; auto takes a GPU if there is one. Raises UserError where there is none such."""
+def find_device(name, alone=False):
+    """The --device flag → torch.device; auto takes a GPU if there is one, and of several processes each its own. Here
+    they meet. Raises UserError where there is no such device, or where several would be in each other's way (alone)."""
+    if alone and parallel.world() > 1:
+        raise UserError("this is work for one process; start it with python, not with torchrun")
+    parallel.start()
+    if name in ("auto", "cuda") and torch.cuda.is_available() and parallel.world() > 1:
+        name = f"cuda:{parallel.local_rank()}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -229,7 +236,7 @@ class Progress:
     def __call__(self, done, text, loss=None):
         """loss: a scalar tensor; its value is fetched from a GPU only when a line is printed."""
         now = time.monotonic()
-        if now - self.last < 1 or done == self.total:
+        if now - self.last < 1 or done == self.total or parallel.rank():
             return
         self.last = now
         rate = done / (now - self.start)

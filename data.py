@@ -30,6 +30,7 @@ from entrep import read_entrep
 from errors import UserError, reason, shown
 from files import parse_json, read_text
 from images import augment, find_images, load_image, prefetch, shrink
+from parallel import share
 from phantom import default_dataset
 from sides import mirror_classes, mirror_text
 
@@ -244,6 +245,10 @@ def _jsonl_rows(file, text):
         yield f"line {number}", {key: value for key, value in row.items() if value}
 
 
+def captions_of(samples):
+    return [caption for sample in samples for caption in sample.captions]
+
+
 def class_names(samples):
     """The classes, in the order in which models number them."""
     return sorted({sample.label for sample in samples})
@@ -271,7 +276,8 @@ def _order(seed, epoch, count):
 
 def training_batches(samples, prompts, settings, steps, size, workers, frame="crop", cache=NO_CACHE):
     """Yield the batch of each step, a list of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
-    frame: of images.FRAMES. Images are augmented at no more than twice the model's size.
+    frame: of images.FRAMES. Images are augmented at no more than twice the model's size. The pixels of what is another
+    process's share (parallel.py) are None.
 
     All randomness comes from seed, epoch and index, so that a step has the same batch whether or not training was
     interrupted before it, and whatever the number of workers.
@@ -279,8 +285,8 @@ def training_batches(samples, prompts, settings, steps, size, workers, frame="cr
     mirrored_label = mirror_classes(prompts)
     mirrored_text = lru_cache(maxsize=None)(mirror_text)
 
-    def item(epoch_and_index):
-        epoch, index = epoch_and_index
+    def item(epoch_index_mine):
+        epoch, index, mine = epoch_index_mine
         rng = random.Random(f"{settings.seed} {epoch} {index}")
         sample = samples[index]
         label, captions = sample.label, sample.captions
@@ -293,14 +299,16 @@ def training_batches(samples, prompts, settings, steps, size, workers, frame="cr
         flip = settings.flip != "none" and understood and rng.random() < 0.5
         if flip:
             label, caption = mirrored
-        file, most = sample.image, 2 * size
+        prompt, file, most = rng.choice(prompts[label]), sample.image, 2 * size
+        if not mine:
+            return None, label, prompt, caption
         image = Image.fromarray(cache.get(file, most, lambda: shrink(load_image(file, most), most)))
-        pixels = augment(image, size, rng, flip, frame)
-        return pixels, label, rng.choice(prompts[label]), caption
+        return augment(image, size, rng, flip, frame), label, prompt, caption
 
     def batch(step):
         epoch, indices = batch_of(step, len(samples), settings)
-        return [(epoch, index) for index in indices]
+        mine = share(range(len(indices)))
+        return [(epoch, index, place in mine) for place, index in enumerate(indices)]
 
     yield from prefetch(item, map(batch, steps), workers)
 

@@ -10,13 +10,15 @@ from cache import NO_CACHE
 from cli import Progress
 from errors import UserError, counted, shown
 from images import load_image, normalize, prefetch, to_square
+from parallel import gather_objects, share, world
 
 
 @torch.inference_mode()
 def encode_batches(model, files, device, batch_size, workers, what, bad=None, cache=NO_CACHE):
     """Yield (files, their (B, embed_dim) float32 fused embeddings on the CPU, not of unit length) of each batch.
 
-    Files that cannot be read are left out and put into `bad`, {file: why}. Without it they are a UserError."""
+    Files that cannot be read are left out and put into `bad`, {file: why}. Without it they are a UserError. what: the
+    work's name in the progress lines, None for none."""
     if files:
         prepare(model, "visual")
     size, how = model.clip.config.image_size, model.clip.config.preprocessing
@@ -38,13 +40,33 @@ def encode_batches(model, files, device, batch_size, workers, what, bad=None, ca
             pixels = normalize(torch.from_numpy(np.stack(arrays)).to(device), how)
             yield read, model.encode_image(pixels).cpu()
         done += len(batch)
-        progress(done, what)
+        if what:
+            progress(done, what)
+
+
+def encode_together(model, files, device, batch_size, workers, what, bad=None, cache=NO_CACHE):
+    """As `encode_batches`, on every process (parallel.py), each of which encodes its share."""
+    if world() == 1:
+        yield from encode_batches(model, files, device, batch_size, workers, what, bad, cache)
+        return
+    progress, chunk = Progress(len(files), sys.stderr), 32 * batch_size * world()
+    for first in range(0, len(files), chunk):
+        mine, failed = share(files[first : first + chunk]), None if bad is None else {}
+        encoded = list(encode_batches(model, mine, device, batch_size, workers, None, failed, cache))
+        for batches, its_failed in gather_objects((encoded, failed)):
+            yield from batches
+            if bad is not None:
+                bad |= its_failed
+        progress(min(first + chunk, len(files)), what)
 
 
 def encode_images(model, files, device, batch_size, workers, what="encoding", bad=None, cache=NO_CACHE):
     """Image files → (N, embed_dim) float32; see `encode_batches`."""
-    features = [f for _, f in encode_batches(model, files, device, batch_size, workers, what, bad, cache)]
-    return torch.cat(features) if features else torch.empty(0, model.clip.config.embed_dim)
+    row = {}
+    for some, features in encode_together(model, files, device, batch_size, workers, what, bad, cache):
+        row |= zip(some, features, strict=True)
+    rows = [row[file] for file in files if file in row]
+    return torch.stack(rows) if rows else torch.empty(0, model.clip.config.embed_dim)
 
 
 @torch.inference_mode()

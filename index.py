@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import write_safetensors
-from encoding import encode_batches
+from encoding import encode_together
 from errors import UserError, reason
 from files import parse_json, sha256, stamp_of
+from parallel import from_first, rank
 
 NAME = "index.safetensors"
 
@@ -33,22 +34,16 @@ def index_images(run, model, files, device, batch_size, workers):
 
     Embeddings are kept in the run's index by the hash of a file's content, so that a moved or copied image need not be
     encoded again. A file is read for its hash only if its stamp (files.py) differs from the index. The index also holds
-    the model's fingerprint: another model makes it anew.
+    the model's fingerprint: another model makes it anew. Several processes (parallel.py) share the work.
     """
     index, key = run / NAME, f"{model.fingerprint} {model.precision}"
     hashes, row, kept = _read(index, key, model.clip.config.embed_dim)
-    stamps, bad, before, fresh = {}, {}, len(hashes), []
-    for file in files:
-        try:
-            stamp = stamp_of(file)
-            hashes[stamp] = hashes.get(stamp) or _hash(file)
-            stamps[file] = stamp
-        except OSError as problem:
-            bad[file] = f"cannot read the image {file} ({reason(problem)}); repair it or move it away"
-    new = [file for file, stamp in stamps.items() if hashes[stamp] not in row]
+    before, fresh = len(hashes), []
+    hashes, stamps, bad = from_first(lambda: _look(files, hashes))
+    new = from_first(lambda: [file for file, stamp in stamps.items() if hashes[stamp] not in row])
     saved = time.monotonic()
     try:
-        for batch, features in encode_batches(model, new, device, batch_size, workers, "indexing", bad):
+        for batch, features in encode_together(model, new, device, batch_size, workers, "indexing", bad):
             first = len(kept) + sum(map(len, fresh))
             row |= {hashes[stamps[file]]: first + i for i, file in enumerate(batch)}
             fresh.append(F.normalize(features, dim=1).half())
@@ -64,6 +59,19 @@ def index_images(run, model, files, device, batch_size, workers):
         raise UserError(f"none of the {len(files):,} images can be read, {next(iter(bad.values()))}")
     chosen = [row[hashes[stamps[file]]] for file in good]
     return good, rows if chosen == list(range(len(rows))) else rows[torch.tensor(chosen)], bad
+
+
+def _look(files, hashes):
+    """→ {stamp: hash} with those of the files, {file: its stamp}, {file that cannot be read: why}."""
+    stamps, bad = {}, {}
+    for file in files:
+        try:
+            stamp = stamp_of(file)
+            hashes[stamp] = hashes.get(stamp) or _hash(file)
+            stamps[file] = stamp
+        except OSError as problem:
+            bad[file] = f"cannot read the image {file} ({reason(problem)}); repair it or move it away"
+    return hashes, stamps, bad
 
 
 def _hash(file):
@@ -96,6 +104,8 @@ def _read(file, key, width):
 
 def _write(file, key, hashes, row, rows, stamps):
     """Images of other galleries stay in the index; those that are gone or have changed are dropped."""
+    if rank():
+        return
     now = {stamp[0]: stamp for stamp in stamps.values()}
     kept = {}
     for stamp, content in hashes.items():

@@ -6,6 +6,7 @@ import torch
 
 from build import trained_parameters
 from errors import UserError
+from parallel import average_gradients
 
 
 class Optimization:
@@ -38,6 +39,7 @@ class Optimization:
         for group in self.adamw.param_groups:
             group["lr"] = self.rate(number)
         self.scaler.scale(loss).backward()
+        average_gradients(list(self.parameters.values()))
         self.scaler.unscale_(self.adamw)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.scaler.step(self.adamw)

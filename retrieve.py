@@ -137,11 +137,14 @@ def parse_arguments():
     parser.add_argument(
         "--embeddings", type=file_path, help="write all images' paths and unit embeddings to this .npz or .safetensors"
     )
+    parser.add_argument("--index-only", action="store_true", help="encode the images for later searches, and end")
     add_query_flags(parser, "i2i.csv or t2i.csv gives {query: image}, from the images of --data")
     args = parser.parse_args()
     check_query_flags(args, "text", "image", "sheet")
     args.text = args.text and args.text.strip()
-    args.asks = not (args.text or args.image or args.queries or args.embeddings)
+    args.asks = not (args.text or args.image or args.queries or args.embeddings or args.index_only)
+    if args.index_only and (args.text or args.image or args.queries or args.embeddings):
+        raise UserError("--index-only ends before any query; leave it out, or the others")
     if args.asks and not sys.stdin.isatty():
         parser.error("say what to look for with --text, --image or both")
     if args.sheet and not (args.text or args.image or args.asks):
@@ -171,7 +174,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    device, run = find_device(args.device), find_run(args.run)
+    device, run = find_device(args.device, alone=not args.index_only), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights)
     queries = read_queries(args.queries) if args.queries else []
     samples = {sample.image: sample for sample in find_samples(args.data, metadata, run)}  # an image once
@@ -180,6 +183,8 @@ def main():
         if not samples:
             raise UserError("there is nothing to search but the query image itself; name other images by --data")
     files, gallery, bad = index_images(run, model, list(samples), device, args.batch_size, args.workers)
+    if args.index_only:
+        print(f"{len(files):,} images are indexed in {shown(run)}")
     if args.embeddings:
         write_embeddings(args.embeddings, files, gallery)
         print(f"{len(files):,} embeddings in {shown(args.embeddings)}", file=sys.stderr)

@@ -16,6 +16,7 @@ Everything is safetensors and JSON: reading a file from elsewhere can't run code
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import time
@@ -27,10 +28,11 @@ from typing import NamedTuple
 from build import Metadata, check_config, load_trained
 from checkpoint import read_safetensors, write_safetensors
 from data import load_dataset
-from errors import UserError
+from errors import UserError, shown
 from files import locked, make_folder, parse_json, read_bytes, read_json, write_text
+from parallel import rank
 from split_file import hash_of, read_split, write_split
-from trust import find_base, find_data, follow_images
+from trust import find_base, find_data, follow_images, remember, remember_images
 
 RUNS = Path("runs")
 
@@ -83,7 +85,10 @@ def _go_on(run):
 @contextlib.contextmanager
 def claimed(run, new=False):
     """Keep other trainings out of the run's folder while the block runs, and let Ctrl-C name the command that goes on.
-    new: make the folder."""
+    new: make the folder. Of several processes only the first does it."""
+    if rank():
+        yield
+        return
     if new:
         make_folder(run)
     with locked(run / ".lock", f"another training writes to {run}; wait for its end, or choose another --run"):
@@ -109,6 +114,15 @@ def new_folder(settings):
             return run
         except FileExistsError:  # a training that began in the same second
             continue
+
+
+def record(run, settings, splits, bad):
+    """What a training begins with: where its images and weights are, the split, and {image that was skipped: why}."""
+    remember(*(path for path in (settings.data, settings.weights) if os.path.isabs(path)))  # others are names
+    remember_images(splits, settings.data)
+    write_split(run / "split.csv", splits)
+    if bad:
+        write_text(run / "skipped.txt", "".join(f"{shown(why)}\n" for why in bad.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +223,7 @@ def resume(run, saved, metadata, model, optimization, device):
     optimization.restore(saved.tensors, device)
     optimization.scaler.load_state_dict(saved.state.scaler)
     best = run / "adapter.safetensors"
-    if best.exists():  # it may name data and weights where they are no more
+    if best.exists() and not rank():  # it may name data and weights where they are no more
         write_safetensors(best, read_safetensors(best)[0], asdict(metadata))
     print(f"resuming after step {saved.state.step}", flush=True)
     return saved.state
@@ -217,6 +231,8 @@ def resume(run, saved, metadata, model, optimization, device):
 
 def log(run, step, line=None):
     """Drop the lines of metrics.jsonl after a step, and append one, a JSON object."""
+    if rank():
+        return
     file, lines = run / "metrics.jsonl", []
     for text in read_bytes(file).decode("utf-8", "replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
@@ -227,6 +243,8 @@ def log(run, step, line=None):
 
 def keep(run, metadata, state, optimization, best=False):
     """Write all that resuming needs; if it is the best model so far, also that."""
+    if rank():
+        return
     if best:
         write_safetensors(run / "adapter.safetensors", optimization.parameters, asdict(metadata))
     state.scaler = optimization.scaler.state_dict()

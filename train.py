@@ -26,7 +26,6 @@ Source: arXiv 2509.00752 for the components and the joint objective; how they ar
 """
 
 import math
-import os
 import time
 
 import numpy as np
@@ -37,22 +36,22 @@ from build import check_model, load_trained, new_model, to_device, trained_param
 from cache import open_cache
 from checkpoint import read_safetensors
 from cli import Parser, Progress, add_machine_flags, file_path, find_device, name_of, set_threads
-from data import batch_of, class_names, training_batches
+from data import batch_of, captions_of, class_names, training_batches
 from encoding import describe_cut
 from errors import UserError, counted, run_script, shown
 from evaluate import evaluate, selection_score, summary, table
-from files import write_json, write_text
+from files import write_json
 from fusion import slerp_mix
 from images import normalize
 from kernels import contrastive_loss
 from optimization import Optimization
+from parallel import copy_from_first, from_first, gather, rank, share
 from prompts import class_prompts
-from runs import State, check_unused, claimed, keep, log, new_folder, read_saved, resume, unfinished_run
+from runs import State, check_unused, claimed, keep, log, new_folder, read_saved, record, resume, unfinished_run
 from settings import Settings, add_settings, given_settings, refuse_idle
 from sides import describe_flips, mirror_classes
-from split_file import describe_seen, hash_of, write_split
+from split_file import describe_seen, hash_of
 from splits import make_splits, scored_split
-from trust import remember, remember_images
 
 ROUNDS = 10  # of a training
 
@@ -82,8 +81,8 @@ def parse_arguments():
 # A training step
 
 
-def joint_loss(model, tokenizer, items, metadata, device):
-    """A batch of `training_batches` → the loss, a scalar."""
+def joint_loss(model, tokenizer, items, metadata, device, seed):
+    """A batch of `training_batches` → the loss, a scalar, the same on every process (parallel.py). seed: for slerp."""
     pixels, labels, prompts, captions = zip(*items, strict=True)
     number, weight = {name: i for i, name in enumerate(metadata.classes)}, metadata.settings.contrastive
 
@@ -94,14 +93,17 @@ def joint_loss(model, tokenizer, items, metadata, device):
     tokens = tokenizer([text for _, text in drawn] + distinct, model.clip.config.context_length)
     tokens = tokens[:, : tokens.argmax(1).max() + 1].to(device)
 
-    images = normalize(torch.from_numpy(np.stack(pixels)).to(device), model.clip.config.preprocessing)
-    z = model.encode_image(images)  # (B, D)
-    texts = model.encode_text(tokens) if weight else None  # (prompts + distinct captions, D)
+    mine, nothing = [array for array in pixels if array is not None], model.head[:0]
+    images = torch.from_numpy(np.stack(mine)).to(device) if mine else None
+    z = nothing if images is None else model.encode_image(normalize(images, model.clip.config.preprocessing))
+    z = gather(z, len(items))  # (B, D)
     targets = torch.tensor([number[label] for label in labels], device=device)  # (B,) class numbers
-    mixed = slerp_mix(z, targets, metadata.settings.slerp)  # (B, D)
+    mixed = slerp_mix(z, targets, metadata.settings.slerp, torch.Generator().manual_seed(seed))  # (B, D)
     loss = F.cross_entropy(model.classify(mixed), targets)
 
     if weight:
+        some = share(tokens)
+        texts = gather(model.encode_text(some) if len(some) else nothing, len(tokens))  # (prompts + captions, D)
         of_prompts, of_captions = texts.split([len(drawn), len(distinct)])
         prompt_classes = torch.tensor([number[label] for label, _ in drawn], device=device)
         terms = [contrastive_loss(mixed, of_prompts, model.scale, targets, prompt_classes)]
@@ -115,14 +117,14 @@ def joint_loss(model, tokenizer, items, metadata, device):
 
 def train_round(model, tokenizer, samples, metadata, steps, optimization, device, workers, cache):
     """The updates of a range of steps → mean loss. Raises UserError where the loss or a weight is not finite."""
-    # Dropout and slerp: every round on its own. The factor keeps the rounds of one seed apart from those of another.
-    torch.manual_seed(1_000_003 * metadata.settings.seed + steps.start)
+    seed = 1_000_003 * metadata.settings.seed  # the factor keeps the steps of one seed apart from those of another
+    torch.manual_seed(seed + steps.start + 2**32 * rank())  # for dropout
     model.train()
     progress, losses, config = Progress(len(steps), unit="steps"), [], model.clip.config
     how = config.image_size, workers, config.preprocessing.frame, cache
     batches = training_batches(samples, metadata.prompts, metadata.settings, steps, *how)
     for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
-        loss = joint_loss(model, tokenizer, items, metadata, device)
+        loss = joint_loss(model, tokenizer, items, metadata, device, seed + step)
         optimization.step(loss, step)
         losses.append(loss.detach())
         progress(done, f"to step {steps.stop} of {metadata.settings.steps}", losses[-1])
@@ -153,7 +155,8 @@ def finish(run, state, split, results):
         **untrained,
         "train_seconds": round(state.seconds, 1),
     }
-    write_json(run / "metrics.json", metrics)
+    if not rank():
+        write_json(run / "metrics.json", metrics)
     print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
     print(f"{state.seconds:.0f} s of training; the model is in {shown(run)}", flush=True)
     return metrics
@@ -169,7 +172,7 @@ def train(run, settings, splits, prompts, device, workers, cache, saved=None, ro
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
     where = f"{device}, {counted(torch.get_num_threads(), 'thread')}, {name_of(model.precision)}"
     print(f"{settings.weights} on {where}: training {trained:,} of {total:,} parameters into {shown(run)}")
-    texts = [text for of_class in prompts.values() for text in of_class] + _captions(splits)
+    texts = [text for of_class in prompts.values() for text in of_class] + captions_of(splits["train"])
     print(describe_cut(tokenizer, texts, model.clip.config.context_length), end="")
 
     def figures(split, **more):
@@ -181,6 +184,7 @@ def train(run, settings, splits, prompts, device, workers, cache, saved=None, ro
     else:
         state = State(zero_shot or figures(scored), hash_of(splits), threads=torch.get_num_threads())
         print(f"before training, on {scored}:  {summary(state.zero_shot)}", flush=True)
+    copy_from_first(trained_parameters(model).values())
     keep(run, metadata, state, optimization)
     log(run, state.step)
     (run / "metrics.json").unlink(missing_ok=True)  # of a finished training that is prolonged
@@ -198,12 +202,9 @@ def train(run, settings, splits, prompts, device, workers, cache, saved=None, ro
         keep(run, metadata, state, optimization, best)
 
     # The best round was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
+    from_first(lambda: None)  # it has written the best model
     load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
     return finish(run, state, scored, figures(scored, intervals=True))
-
-
-def _captions(splits):
-    return [caption for sample in splits["train"] for caption in sample.captions]
 
 
 def begin(args, device):
@@ -212,21 +213,17 @@ def begin(args, device):
     refuse_idle(args.given, settings)
     set_threads(args.threads)
     if args.run:
-        check_unused(args.run)
+        from_first(lambda: check_unused(args.run))
     check_model(settings)
-    splits, overview, bad = make_splits(settings, args.workers)
+    splits, overview, bad = from_first(lambda: make_splits(settings, args.workers))
     prompts = class_prompts(class_names(splits["train"]), args.prompts)
     print(overview)
     if settings.flip == "swap":
-        print("\n".join(map(shown, describe_flips(mirror_classes(prompts), _captions(splits)))))
+        print("\n".join(map(shown, describe_flips(mirror_classes(prompts), captions_of(splits["train"])))))
     print(describe_seen(settings.weights, splits), end="")
-    run = args.run or new_folder(settings)
+    run = args.run or from_first(lambda: new_folder(settings))
     with claimed(run, new=True):
-        remember(*(path for path in (settings.data, settings.weights) if os.path.isabs(path)))  # others are names
-        remember_images(splits, settings.data)
-        write_split(run / "split.csv", splits)
-        if bad:
-            write_text(run / "skipped.txt", "".join(f"{shown(why)}\n" for why in bad.values()))
+        from_first(lambda: record(run, settings, splits, bad))
         train(run, settings, splits, prompts, device, args.workers, open_cache(run, args.cache_gb))
 
 
@@ -234,7 +231,7 @@ def go_on(args, device):
     """An interrupted training."""
     run = unfinished_run(args.run, longer="steps" in args.given)
     with claimed(run):
-        saved, splits = read_saved(run, args.given)
+        saved, splits = from_first(lambda: read_saved(run, args.given))
         settings = saved.metadata.settings
         set_threads(args.threads or saved.state.threads)
         how = device, args.workers, open_cache(run, args.cache_gb), saved

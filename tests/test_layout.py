@@ -15,7 +15,7 @@ LAYERS = [
     {"runs", "build", "optimization", "settings", "pictures", "cli", "encoding", "index"},
     {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
     {"model", "tokenizer", "prompts", "images", "cache", "sides", "kernels", "metrics", "phantom"},
-    {"files", "errors"},
+    {"files", "errors", "parallel"},
 ]
 SCRIPTS = [("train", "evaluate"), ("ablate", "train")]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

@@ -58,13 +58,13 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
         for i in range(3):
             (gallery / label / f"{i}.png").write_bytes((pictures / "images" / label / f"{i}.png").read_bytes())
     assert script(train, "--data", gallery, "--weights", base, "--steps", 1, "--run", "runs/a")[0] == 0
-    encoded, encode = [], index.encode_batches
+    encoded, encode = [], index.encode_together
 
     def counted(model, files, *rest):
         encoded.append([file.name for file in files])
         return encode(model, files, *rest)
 
-    monkeypatch.setattr(index, "encode_batches", counted)
+    monkeypatch.setattr(index, "encode_together", counted)
 
     def search():
         encoded.clear()

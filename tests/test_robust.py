@@ -143,7 +143,7 @@ def search(script, trained, pictures, tmp_path, monkeypatch):
     """→ a function that searches a copy of the pictures with a copy of the run: results, and which were encoded."""
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("index.safetensors"))
     shutil.copytree(pictures / "images", tmp_path / "gallery")
-    encode = index.encode_batches
+    encode = index.encode_together
 
     def counted(model, files, *rest):
         for batch, features in encode(model, files, *rest):
@@ -151,7 +151,7 @@ def search(script, trained, pictures, tmp_path, monkeypatch):
             yield batch, features
 
     encoded = []
-    monkeypatch.setattr(index, "encode_batches", counted)
+    monkeypatch.setattr(index, "encode_together", counted)
 
     def run(gallery="gallery"):
         encoded.clear()
@@ -190,7 +190,7 @@ def test_a_moved_gallery_is_not_encoded_again_and_old_versions_are_not_kept(sear
 
 
 def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkeypatch):
-    encode = index.encode_batches
+    encode = index.encode_together
 
     def interrupted(*arguments):
         for number, batch in enumerate(encode(*arguments)):
@@ -200,7 +200,7 @@ def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkey
 
     flags = ["--run", "run", "--data", "gallery", "--text", "red", "--batch-size", 5]
     with monkeypatch.context() as patch:
-        patch.setattr(index, "encode_batches", interrupted)
+        patch.setattr(index, "encode_together", interrupted)
         assert script(retrieve, *flags)[0] == 130
     assert len(search()[1]) == 18 - 10
 

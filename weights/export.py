@@ -187,7 +187,7 @@ def main():
     taken = [name for name in TAKEN if (args.folder / name).exists()]
     if taken:
         raise UserError(f"{args.folder} already holds weights, {taken[0]}; choose another folder")
-    device, run = find_device(args.device), find_run(args.run)
+    device, run = find_device(args.device, alone=True), find_run(args.run)
     model, tokenizer, metadata = read_run(run, args.weights)
     model.to(device).eval()
     config = model.clip.config

@@ -27,7 +27,7 @@ from kernels import contrastive_loss, slerp
 from settings import Settings
 
 
-def loss_with_text_partners(model, tokenizer, items, metadata, device):
+def loss_with_text_partners(model, tokenizer, items, metadata, device, seed):
     """As train.joint_loss, but an image's embedding is mixed with that of the prompt which was drawn for it."""
     pixels, labels, prompts, captions = zip(*items, strict=True)
     drawn = list(dict.fromkeys(zip(labels, prompts, strict=True)))

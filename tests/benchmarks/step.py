@@ -73,7 +73,7 @@ def ours(batch, precision):
         return tokens
 
     metadata = Metadata(settings, list(prompts), prompts, {})
-    return lambda: optimization.step(train.joint_loss(model, tokenizer, items, metadata, torch.device("cpu")), 0)
+    return lambda: optimization.step(train.joint_loss(model, tokenizer, items, metadata, torch.device("cpu"), 0), 0)
 
 
 WAYS = {
