@@ -1,73 +1,73 @@
 """The index: the embeddings of images, kept on disk so that each image is encoded once.
 
-    runs/<name>/index.safetensors
+    runs/<name>/index.jsonl     a line about the model, then one for each image: path, size, times, content, row
+    runs/<name>/index-….f16     a row for each content: D numbers in float16, of unit length
 
-It holds a row for each content, of unit length, in float16. That is half of float32's bytes to keep and to read, and
-its rounding moves a cosine by less than 0.001. The metadata are the model's fingerprint, the contents' hashes, and the
-files: path, size, times, content.
+float16 is half of float32's bytes to keep and to read, and its rounding moves a cosine by less than 0.001. The rows are
+*mapped*: the file counts as memory, and what is not looked at is never read.
 
-The rows are *mapped*: the file counts as memory, and what is not looked at is never read.
+Both files only grow. A new image appends a row, then a line: rows without a line, and half a line at the end, are what
+a killed program leaves, and do not count. Where more than half of the lines are of no use any more, both files are
+written anew.
 """
 
+import contextlib
+import json
 import os
+import re
+import secrets
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
-from checkpoint import write_safetensors
 from encoding import encode_together
 from errors import UserError, reason
-from files import parse_json, sha256, stamp_of
+from files import locked, parse_json, sha256, stamp_of, whole
 from parallel import from_first, rank
 
-NAME = "index.safetensors"
+NAME = "index.jsonl"
 
 
 def index_images(run, model, files, device, batch_size, workers):
     """Image files → those that can be read, their (N, embed_dim) embeddings, of unit length, in float16, and {file that
-    cannot: why}.
+    cannot: why}. The files come in the order of the index's rows.
 
     Embeddings are kept in the run's index by the hash of a file's content, so that a moved or copied image need not be
     encoded again. A file is read for its hash only if its stamp (files.py) differs from the index. The index also holds
     the model's fingerprint: another model makes it anew. Several processes (parallel.py) share the work.
     """
-    index, key = run / NAME, f"{model.fingerprint} {model.precision}"
-    hashes, row, kept = _read(index, key, model.clip.config.embed_dim)
-    before, fresh = len(hashes), []
-    hashes, stamps, bad = from_first(lambda: _look(files, hashes))
-    new = from_first(lambda: [file for file, stamp in stamps.items() if hashes[stamp] not in row])
+    index = Index(run, f"{model.fingerprint} {model.precision}", model.clip.config.embed_dim)
+    hashes, stamps, bad = from_first(lambda: _look(files, index.hashes))
+    new = from_first(lambda: [file for file, stamp in stamps.items() if hashes[stamp] not in index.row])
     saved = time.monotonic()
     try:
         for batch, features in encode_together(model, new, device, batch_size, workers, "indexing", bad):
-            first = len(kept) + sum(map(len, fresh))
-            row |= {hashes[stamps[file]]: first + i for i, file in enumerate(batch)}
-            fresh.append(F.normalize(features, dim=1).half())
+            index.add([hashes[stamps[file]] for file in batch], F.normalize(features, dim=1).half())
             if time.monotonic() - saved > 60:
-                _write(index, key, hashes, row, torch.cat([kept, *fresh]), stamps)
+                index.save(hashes)
                 saved = time.monotonic()
     finally:  # an interrupted index keeps what it has
-        rows = torch.cat([kept, *fresh]) if fresh else kept
-        if new or len(hashes) > before:
-            _write(index, key, hashes, row, rows, stamps)
-    good = [file for file, stamp in stamps.items() if hashes[stamp] in row]
-    if not good:
+        index.save(hashes)
+    place = {file: index.row[hashes[stamp]] for file, stamp in stamps.items() if hashes[stamp] in index.row}
+    if not place:
         raise UserError(f"none of the {len(files):,} images can be read, {next(iter(bad.values()))}")
-    chosen = [row[hashes[stamps[file]]] for file in good]
+    good, rows = sorted(place, key=place.get), index.rows()
+    chosen = [place[file] for file in good]
     return good, rows if chosen == list(range(len(rows))) else rows[torch.tensor(chosen)], bad
 
 
-def _look(files, hashes):
-    """→ {stamp: hash} with those of the files, {file: its stamp}, {file that cannot be read: why}."""
-    stamps, bad = {}, {}
+def _look(files, known):
+    """→ {stamp: hash} of the files, {file: its stamp}, {file that cannot be read: why}. known: {stamp: hash}."""
+    hashes, stamps, bad = {}, {}, {}
     for file in files:
         try:
             stamp = stamp_of(file)
-            hashes[stamp] = hashes.get(stamp) or _hash(file)
+            hashes[stamp] = known.get(stamp) or hashes.get(stamp) or _hash(file)
             stamps[file] = stamp
         except OSError as problem:
             bad[file] = f"cannot read the image {file} ({reason(problem)}); repair it or move it away"
@@ -80,50 +80,114 @@ def _hash(file):
     return sha256(file)
 
 
-def _read(file, key, width):
-    """→ {stamp: hash}, {hash: row} and the rows, (n, width) float16; empty where the index is missing, damaged or of
-    another model."""
-    try:
-        with open(file, "rb"), safe_open(file, "pt") as f:
-            info, features = parse_json(f.metadata()["info"]), f.get_tensor("features")
-        row = {content: i for i, content in enumerate(info["hashes"])}
-        hashes = {(str(path), *map(int, numbers)): content for path, *numbers, content in info["images"]}
-        fits = features.shape == (len(info["hashes"]), width) and features.dtype == torch.float16
-        fits = fits and len(row) == len(features)  # no content is there twice
-        if (
-            info["model"] == key
-            and fits
-            and row.keys() >= set(hashes.values())
-            and features.sum(dtype=torch.float32).isfinite()
-        ):
-            return hashes, row, features
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
-        pass
-    return {}, {}, torch.empty(0, width, dtype=torch.float16)
+class Index:
+    """hashes: {stamp: content}, row: {content: its row}, rows: (n, width) float16, those that are kept and new ones.
+    Empty where the files are missing, damaged or of another model."""
 
+    def __init__(self, run, key, width):
+        self.run, self.file, self.key, self.width = run, run / NAME, key, width
+        self.hashes, self.row, self.fresh = {}, {}, []
+        self.mapped = torch.empty(0, width, dtype=torch.float16)
+        self.rows_file, self.length, self.stamp = None, 0, None  # length: of the lines, in bytes
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+            self._read()
 
-def _write(file, key, hashes, row, rows, stamps):
-    """Images of other galleries stay in the index; those that are gone or have changed are dropped."""
-    if rank():
-        return
-    now = {stamp[0]: stamp for stamp in stamps.values()}
-    kept = {}
-    for stamp, content in hashes.items():
-        current = now[stamp[0]] == stamp if stamp[0] in now else os.path.exists(stamp[0])
-        if current and content in row:
-            kept[stamp] = content
-    contents = list(dict.fromkeys(kept.values()))
-    if contents:
-        features = rows[torch.tensor([row[content] for content in contents])]
-        images = [[*stamp, content] for stamp, content in kept.items()]
+    def _read(self):
+        stamp, content = stamp_of(self.file), self.file.read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        head, *lines, _ = content.decode("utf-8").split("\n")
+        head, entries = parse_json(head), parse_json(f"[{','.join(lines)}]")
+        if head["model"] != self.key or not re.fullmatch(r"index-[0-9a-f]{16}\.f16", head["rows"]):
+            return
+        hashes = {(str(path), int(size), int(m), int(c)): str(content) for path, size, m, c, content, _ in entries}
+        row = {content: number for *_, content, number in entries}
+        numbers = list(row.values())
+        if set(numbers) != set(range(len(row))) or set(map(type, numbers)) != {int}:  # each content has its own row
+            return
+        self._map(self.run / head["rows"], len(row))
+        self.hashes, self.row, self.length, self.stamp = hashes, row, len(content), stamp
+
+    def _map(self, file, count):
+        """Raises ValueError where the file is too short."""
+        self.mapped = torch.from_numpy(np.memmap(file, np.float16, "c", shape=(count, self.width)))
+        self.rows_file, self.fresh = file, []
+
+    def add(self, contents, rows):
+        """n contents and their rows, (n, width) float16. Copies have one row."""
+        first = {content: i for i, content in reversed(list(enumerate(contents))) if content not in self.row}
+        self.row |= {content: len(self.row) + number for number, content in enumerate(first)}
+        self.fresh.append(rows[list(first.values())])
+
+    def rows(self):
+        """→ (N, width) float16, a row for each content."""
+        return torch.cat([self.mapped, *self.fresh]) if self.fresh else self.mapped
+
+    def save(self, hashes):
+        """Keep what is new, {stamp: content}. A search needs no index, so a failure is no error."""
+        known = sum(stamp in self.hashes for stamp in hashes)
+        new = {s: content for s, content in hashes.items() if s not in self.hashes and content in self.row}
+        if not (new or self.fresh) or rank():
+            return
         try:
-            write_safetensors(file, {"features": features}, {"model": key, "hashes": contents, "images": images})
-        except UserError as problem:  # the search needs no index
+            with locked(self.run / ".index.lock", "another search is keeping its own embeddings; these are not kept"):
+                enough = self.rows_file and len(self.hashes) / 2
+                if enough and (known >= enough or len(self._useful(hashes)) >= enough):
+                    self._append(new)
+                else:
+                    self._write_anew(self._useful(hashes) | new)
+        except (UserError, OSError) as problem:
             print(f"note: {problem}", file=sys.stderr)
+
+    def _useful(self, hashes):
+        """→ {stamp: content} of the lines whose image is still there, as it was."""
+        paths = {path for path, *_ in hashes}
+        return {
+            stamp: content
+            for stamp, content in self.hashes.items()
+            if (stamp in hashes if stamp[0] in paths else os.path.exists(stamp[0]))
+        }
+
+    def _append(self, new):
+        if stamp_of(self.file) != self.stamp:
+            raise UserError("another search has kept its own embeddings meanwhile; these are not kept")
+        for file, place, content in (
+            (self.rows_file, self.mapped.nbytes, torch.cat([self.mapped[:0], *self.fresh]).numpy().tobytes()),
+            (self.file, self.length, _lines(new, self.row)),
+        ):
+            with os.fdopen(os.open(file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)), "rb+") as out:
+                out.seek(place)
+                out.write(content)
+                out.truncate()
+                out.flush()
+                os.fsync(out.fileno())
+        self.hashes |= new
+        self.length, self.stamp = self.length + len(content), stamp_of(self.file)
+        self._map(self.rows_file, len(self.row))
+
+    def _write_anew(self, hashes):
+        contents = list(dict.fromkeys(hashes.values()))
+        rows = self.rows()[torch.tensor([self.row[content] for content in contents])]
+        name, row = f"index-{secrets.token_hex(8)}.f16", {content: i for i, content in enumerate(contents)}
+        with whole(self.run / name) as temporary:
+            rows.numpy().tofile(temporary)
+        lines = json.dumps({"model": self.key, "rows": name}).encode() + b"\n" + _lines(hashes, row)
+        with whole(self.file) as temporary:
+            temporary.write_bytes(lines)
+        for old in [*self.run.glob("index-*.f16"), self.run / "index.safetensors"]:  # .safetensors: of older versions
+            if old.name != name:
+                with contextlib.suppress(OSError):  # Windows deletes no file that is mapped
+                    old.unlink()
+        self.hashes, self.row, self.length, self.stamp = hashes, row, len(lines), stamp_of(self.file)
+        self._map(self.run / name, len(contents))
+
+
+def _lines(hashes, row):
+    lines = (json.dumps([*stamp, content, row[content]]) for stamp, content in hashes.items())
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def main():
-    """Two images and a copy of one, indexed twice by the small CLIP."""
+    """Two images and a copy of one, indexed twice by the small CLIP, then one more."""
     from PIL import Image
 
     from build import load_base
@@ -131,14 +195,17 @@ def main():
 
     model = FusedCLIP(load_base("phantom")[0], 2, "none").eval()
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"{name}.png") for name in ("red", "blue", "copy")]
-        for file, colour in zip(files, ("red", "blue", "red"), strict=True):
+        files = [Path(folder, f"{name}.png") for name in ("red", "blue", "copy", "new")]
+        for file, colour in zip(files, ("red", "blue", "red", "green"), strict=True):
             Image.new("RGB", (64, 48), colour).save(file)
-        for which in ("first", "second"):
+        for which, some in (("first", files[:3]), ("second", files[:3]), ("one more", files)):
             start = time.perf_counter()
-            _, rows, _ = index_images(Path(folder), model, files, torch.device("cpu"), 2, 0)
+            good, rows, _ = index_images(Path(folder), model, some, torch.device("cpu"), 2, 0)
             took = f"in {time.perf_counter() - start:.3f} s"
-            print(f"{which} time: {tuple(rows.shape)} {rows.dtype} {took}; cosines {(rows @ rows[0]).tolist()}")
+            cosines = [round(cosine, 3) for cosine in (rows @ rows[0]).tolist()]
+            print(f"{which:8} {[file.stem for file in good]}: {tuple(rows.shape)} {took}; cosines {cosines}")
+        size = {file.suffix: file.stat().st_size for file in Path(folder).glob("index*")}
+        print(f"bytes of the rows and of the lines: {size['.f16']}, {size['.jsonl']}")
 
 
 if __name__ == "__main__":

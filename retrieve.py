@@ -48,10 +48,20 @@ def embed_query(model, tokenizer, text, image, mix, device):
     return texts if text else images
 
 
+def _nearest(queries, gallery, count):
+    """As kernels.top_k. What is not a number ranks first, so that it cannot hide."""
+    scores, found = top_k(queries, gallery, count, unit_rows=True)
+    if not scores.isfinite().all():
+        raise UserError(
+            "an embedding is not a number, the index is damaged; delete the index files in the run's folder"
+        )
+    return scores, found
+
+
 def search(model, classes, samples, gallery, query, top):
     """The images most similar to the query → a dict each, best first: rank, score (the cosine), image, class (None
     where unknown), predicted class, captions."""
-    scores, indices = top_k(query, gallery, top, unit_rows=True)
+    scores, indices = _nearest(query, gallery, top)
     found = gallery[indices[0]].float().to(next(model.parameters()).device)
     with torch.inference_mode():
         predicted = model.classify(found).argmax(1).tolist()
@@ -66,7 +76,7 @@ def search(model, classes, samples, gallery, query, top):
 def answer_texts(queries, model, tokenizer, files, gallery, device):
     """Texts, image files and their (N, D) unit embeddings → {text: name of the most similar image}."""
     print(describe_cut(tokenizer, queries, model.clip.config.context_length), end="", file=sys.stderr)
-    _, found = top_k(encode_texts(model, tokenizer, queries, device), gallery, 1, unit_rows=True)
+    _, found = _nearest(encode_texts(model, tokenizer, queries, device), gallery, 1)
     return {query: files[i].name for query, i in zip(queries, found[:, 0].tolist(), strict=True)}
 
 
@@ -79,7 +89,7 @@ def answer_images(asked, files, gallery):
     place = {image: i for i, image in enumerate(files)}
     queries = [query for query, image in asked.items() if image in place]
     own = torch.tensor([place[asked[query]] for query in queries], dtype=torch.int64)
-    _, found = top_k(gallery[own], gallery, 2, unit_rows=True)
+    _, found = _nearest(gallery[own], gallery, 2)
     found = torch.where(found[:, 0] == own, found[:, 1], found[:, 0])
     return {query: files[i].name for query, i in zip(queries, found.tolist(), strict=True)}
 

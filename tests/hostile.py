@@ -411,5 +411,13 @@ class Hostile:
         shutil.copytree(self.run, folder / "run")
         flags = ["--run", "run", "--data", self.pictures / "images/half-left", "--text", "red", "--workers", 0]
         self.script(retrieve, *flags)
-        self.odd_file(rng, folder / "run/index.safetensors")
+        lines, (rows,) = folder / "run/index.jsonl", (folder / "run").glob("*.f16")
+        if rng.random() < 0.8:  # some of its lines, and odd ones
+            content = lines.read_bytes().splitlines()
+            for place in rng.sample(range(len(content)), rng.choice((1, 1, 3))):
+                content[place] = odd_json(content[place], rng) if rng.random() < 0.8 else rng.choice(content)
+            lines.write_bytes(b"".join(line + b"\n" for line in content))
+        else:
+            file = rng.choice((lines, rows))
+            file.write_bytes(mutate(file.read_bytes(), rng, rng.choice((8, 2000, None))))
         self.script(retrieve, *flags)

@@ -44,7 +44,7 @@ def test_the_figure_is_drawn(tmp_path):
         ("kernels/reference.py", "slerp"),
         ("kernels/first_steps.py", "program"),
         ("kernels/search.py", "the two nearest of three"),
-        ("index.py", "second time: (3, 128) torch.float16"),
+        ("index.py", "one more ['red', 'copy', 'blue', 'new']: (4, 128)"),
         ("kernels/triton_tiny.py", "relative error"),
         ("kernels/triton_tiles.py", "5 × 1 tiles of 64 × 64"),
         ("kernels/triton_contrastive.py", "FakeTensor"),

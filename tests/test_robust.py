@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -14,18 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import mistake
 from hostile import Hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from shapes import draw
 
 import classify
 import evaluate
 import index
 import retrieve
 import train
-from checkpoint import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,7 +143,7 @@ def test_labels_may_be_spelt_otherwise_in_other_data(script, trained, pictures, 
 @pytest.fixture
 def search(script, trained, pictures, tmp_path, monkeypatch):
     """→ a function that searches a copy of the pictures with a copy of the run: results, and which were encoded."""
-    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("index.safetensors"))
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("index*"))
     shutil.copytree(pictures / "images", tmp_path / "gallery")
     encode = index.encode_together
 
@@ -185,8 +187,58 @@ def test_a_moved_gallery_is_not_encoded_again_and_old_versions_are_not_kept(sear
         moved, encoded = search("moved")
         assert encoded == [] and moved == first and len(hashed) == read
         hashed.clear()
-    tensors, info = read_safetensors(tmp_path / "run/index.safetensors")
-    assert len(tensors["features"]) == len(info["images"]) == 18
+    (rows,) = (tmp_path / "run").glob("*.f16")
+    entries = (tmp_path / "run/index.jsonl").read_text().splitlines()[1:]
+    assert len(entries) == 18 and rows.stat().st_size == 18 * 64 * 2
+
+
+def test_a_new_image_appends_a_row_and_a_line(search, tmp_path):
+    search()
+    (rows,) = (tmp_path / "run").glob("*.f16")
+    before = [file.read_bytes() for file in (rows, tmp_path / "run/index.jsonl")]
+    draw("all", "blue", random.Random(1)).save(tmp_path / "gallery/half-left/new.png")
+    with open(tmp_path / "run/index.jsonl", "ab") as file:
+        file.write(b'["half a li')  # as a killed program leaves it
+    with open(rows, "ab") as file:
+        file.write(b"half a row")
+    grown, encoded = search()
+    assert encoded == ["new.png"] and len(grown) == 19
+    after = [file.read_bytes() for file in (rows, tmp_path / "run/index.jsonl")]
+    assert all(new.startswith(old) for old, new in zip(before, after, strict=True))
+    assert len(after[0]) == len(before[0]) + 64 * 2 and after[1].count(b"\n") == before[1].count(b"\n") + 1
+    shutil.rmtree(tmp_path / "run/index.jsonl", ignore_errors=True)
+    again, encoded = search()
+    assert again == grown and encoded == []
+    for file in (tmp_path / "run").glob("index*"):
+        file.unlink()
+    anew, encoded = search()
+    assert anew == grown and len(encoded) == 19  # what was appended is what is made anew
+
+
+def test_two_searches_that_write_at_once_do_no_harm(search, trained, tmp_path, capsys):
+    search()
+    one, other = (index.Index(tmp_path / "run", *keys(tmp_path / "run")) for _ in range(2))
+    for which, name in ((one, "a"), (other, "b")):
+        which.add([name], torch.full((1, 64), float(name == "a")).half())
+        which.save({(str(tmp_path / "run"), 1, 2, ord(name)): name})
+    assert "another search has kept its own embeddings meanwhile" in capsys.readouterr().err
+    found = index.Index(tmp_path / "run", *keys(tmp_path / "run"))
+    assert "a" in found.row and "b" not in found.row and found.rows()[found.row["a"]].eq(1).all()
+    assert other.rows()[other.row["b"]].eq(0).all()  # it goes on with its own
+
+
+def keys(run):
+    return json.loads((run / "index.jsonl").read_text().split("\n", 1)[0])["model"], 64
+
+
+def test_a_link_in_the_place_of_the_rows_is_not_written_through(search, tmp_path):
+    search()
+    (rows,) = (tmp_path / "run").glob("*.f16")
+    rows.rename(tmp_path / "elsewhere")
+    rows.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    draw("all", "blue", random.Random(1)).save(tmp_path / "gallery/half-left/new.png")
+    assert len(search()[0]) == 19 and (tmp_path / "elsewhere").read_bytes() == before
 
 
 def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkeypatch):
@@ -208,31 +260,44 @@ def test_an_interrupted_index_keeps_what_it_has(script, search, tmp_path, monkey
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda info, tensors: info.clear(),
-        lambda info, tensors: info.update(images=3),
-        lambda info, tensors: info.update(images=[[1]]),
-        lambda info, tensors: info.update(hashes=info["hashes"][1:]),
-        lambda info, tensors: info.update(hashes=info["hashes"][:1] + info["hashes"]),
-        lambda info, tensors: info["images"][0].__setitem__(1, "x"),
-        lambda info, tensors: tensors.clear(),
-        lambda info, tensors: tensors.update(features=tensors["features"][:, :-1]),
-        lambda info, tensors: tensors.update(features=tensors["features"] * float("nan")),
-        lambda info, tensors: tensors.update(features=tensors["features"][0]),
+        lambda lines: lines.clear(),
+        lambda lines: lines.__setitem__(0, "{}"),
+        lambda lines: lines.__setitem__(0, lines[0].replace("index-", "../index-")),
+        lambda lines: lines.__setitem__(0, lines[0].replace(".f16", ".f17")),
+        lambda lines: lines.__setitem__(3, "3"),
+        lambda lines: lines.__setitem__(3, "[1]"),
+        lambda lines: lines.__setitem__(3, lines[4]),  # a row that nothing names
+        lambda lines: lines.__setitem__(3, lines[3].replace(", 2]", ", 99]")),
+        lambda lines: lines.__setitem__(3, lines[3].replace(", 2]", ", -1]")),
+        lambda lines: lines.__setitem__(3, lines[3].replace(", 2]", ', "2"]')),
+        lambda lines: lines.__setitem__(3, "[" * 100_000),
     ],
 )
 def test_a_damaged_index_is_made_anew(search, tmp_path, damage):
     first, _ = search()
-    tensors, info = read_safetensors(tmp_path / "run/index.safetensors")
-    damage(info, tensors)
-    write_safetensors(tmp_path / "run/index.safetensors", tensors, info)
+    lines = (tmp_path / "run/index.jsonl").read_text().splitlines()
+    damage(lines)
+    (tmp_path / "run/index.jsonl").write_text("".join(f"{line}\n" for line in lines))
     again, encoded = search()
     assert again == first and len(encoded) == 18
+
+
+def test_rows_that_are_missing_are_made_anew_and_odd_ones_said(search, script, tmp_path):
+    first, _ = search()
+    (rows,) = (tmp_path / "run").glob("*.f16")
+    rows.write_bytes(rows.read_bytes()[:-1])
+    again, encoded = search()
+    assert again == first and len(encoded) == 18
+    (rows,) = (tmp_path / "run").glob("*.f16")
+    rows.write_bytes(b"\xff" * rows.stat().st_size)  # not a number
+    status, _, err = script(retrieve, "--run", "run", "--data", "gallery", "--text", "red")
+    assert status == 2 and "the index is damaged; delete" in err
 
 
 def test_a_search_needs_no_index(script, search, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     status, _, err = script(retrieve, "--run", "run", "--data", "gallery", "--text", "red")
-    assert status == 0 and "note: cannot write run/index.safetensors (No space left on device)" in err
+    assert status == 0 and "note: cannot write run/index" in err and "No space left on device" in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ stay readable, and once there is room it must come to the same end.
 import argparse
 import hashlib
 import http.server
+import json
 import os
 import random
 import re
@@ -30,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzz
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -90,8 +92,11 @@ class Program:
         found = {}
         for name in self.results:
             file = self.folder / name
-            if name.endswith("index.safetensors"):
-                found[name] = sorted(load_file(file)["features"].double().sum(1).tolist())
+            if name.endswith("index.jsonl"):
+                head, *lines = map(json.loads, file.read_text().splitlines())
+                rows = np.fromfile(file.with_name(head["rows"]), np.float16).reshape(-1, 64)
+                rows = rows[: 1 + max(row for *_, row in lines)]
+                found[name] = sorted(rows.astype(np.float64).sum(1).tolist())
             elif name.endswith(".safetensors"):  # without its metadata, which tell how long the training took
                 found[name] = {key: tensor.numpy().tobytes() for key, tensor in load_file(file).items()}
             else:
@@ -129,7 +134,7 @@ def programs(folder, address):
             ["run/adapter.safetensors", "run/last.safetensors", "run/metrics.jsonl"],
             [ROOT / "train.py", "--resume", "--run", "run", "--workers", 1, "--weights", base, "--device", "cpu"],
         ),
-        "indexing": ([ROOT / "retrieve.py", *search, "--batch-size", 4], ["run/index.safetensors"]),
+        "indexing": ([ROOT / "retrieve.py", *search, "--batch-size", 4], ["run/index.jsonl"]),
         "downloading": (["-c", DOWNLOAD, ROOT / "weights", f"{address}/served", digest], ["file"]),
         "exporting": (
             [ROOT / "weights/export.py", "plain", "out", "--weights", base],
