@@ -8,7 +8,8 @@
     runs/<name>/split.csv             which image was trained on, and which held out: a manifest (train.py)
     runs/<name>/skipped.txt           images that could not be read, with --skip-bad (train.py)
     runs/<name>/merges.txt            the BPE merges of a model trained from scratch
-    runs/<name>/index.safetensors     embeddings of the searched images (retrieve.py)
+    runs/<name>/index.jsonl, ….f16    embeddings of the searched images (index.py)
+    runs/<name>/base.json             which file of base weights was checked (build.py)
     runs/<name>/.lock                 keeps a second training out
 
 Everything is safetensors and JSON: reading a file from elsewhere can't run code.

@@ -612,6 +612,27 @@ def test_top_k_ignores_lengths_and_computes_in_float32(dtype):
     assert torch.equal(indices, expected.indices[:, :7])
 
 
+@pytest.mark.parametrize("spread", [1, 0.05, 0.002, 0])
+def test_a_single_query_of_a_float16_gallery_finds_what_a_whole_comparison_does(spread, monkeypatch):
+    """Rows from all around to all the same: candidates by rough cosines miss none."""
+    torch.manual_seed(0)
+    centre, compared = torch.randn(64), []
+    gallery = F.normalize(centre + spread * 8 * torch.randn(3000, 64), dim=1).half()
+    strips = search.cosines_of_strips
+    monkeypatch.setattr(
+        search, "cosines_of_strips", lambda q, some, unit: compared.append(len(some)) or strips(q, some, unit)
+    )
+    for query in (gallery[:1].float(), torch.randn(1, 64), -gallery[:1].float()):
+        values, rows = search.top_k(query, gallery, 10, unit_rows=True)
+        exact = (F.normalize(query, dim=1) @ gallery.float().T)[0]
+        torch.testing.assert_close(values[0], exact.topk(10).values, rtol=0, atol=1e-6)
+        torch.testing.assert_close(exact[rows[0]], values[0], rtol=0, atol=1e-6)
+    assert max(compared) < 300 if spread == 1 else spread or set(compared) == {3000}
+    gallery[7] = torch.nan
+    assert search.top_k(query, gallery, 10, unit_rows=True)[0].isnan().any()
+    assert search.top_k(query, gallery, 3000, unit_rows=True)[0].shape == (1, 3000)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_unit_rows_need_not_be_measured(dtype):
     queries, gallery = randn(5, 48).float(), F.normalize(randn(400, 48, seed=1), dim=1).to(dtype)
