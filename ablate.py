@@ -175,7 +175,7 @@ class Trainings:
         classes = class_names(splits["train"])
         prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
         # What decides the untrained model's figures, which are computed once. From scratch they are chance.
-        key = settings.seed, settings.fold, settings.weights, settings.frame, variant.prompts
+        key = settings.seed, settings.fold, settings.weights, settings.frame, settings.precision, variant.prompts
         known = self.untrained.get(key)
         make_folder(run)
         (run / "log.txt").unlink(missing_ok=True)  # it might be a link

@@ -1,7 +1,7 @@
 """Decoded images, kept in a file while a training runs, so that each image is decoded once and not in every epoch.
 
-The file lies in the run's folder and has no name: it is gone with the process, however that ends. It is mapped into
-memory, so that the system keeps as much of it there as has room, and nothing has to be copied.
+The file lies in the run's folder and has no name: it is gone with the process, however that ends. The system keeps as
+much of it in memory as has room there. Several processes (parallel.py) have a file each.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import numpy as np
 
 from errors import reason
 from files import stamp_of
-from parallel import local_world
+from parallel import world
 
 
 class PixelCache:
@@ -27,7 +27,7 @@ class PixelCache:
 
     def __init__(self, folder=None, limit=0):
         self.limit, self.used, self.places, self.lock = limit, 0, {}, threading.Lock()
-        self.file = tempfile.TemporaryFile(dir=folder) if limit else None  # noqa: SIM115, closed with the process
+        self.file = tempfile.TemporaryFile(buffering=0, dir=folder) if limit else None  # noqa: SIM115, for good
 
     def get(self, file, kind, make):
         """→ make(), an array of uint8; kind: hashable, tells apart different things made of the same file."""
@@ -37,17 +37,20 @@ class PixelCache:
             stamp = stamp_of(file)
         except OSError:
             return make()  # which will say what is wrong with it
-        known, offset, shape = self.places.get((file, kind), (None, 0, ()))
+        known, place, shape = self.places.get((file, kind), (None, 0, ()))
         if known == stamp:
-            with self.lock:  # it moves the file's position
-                return np.memmap(self.file, np.uint8, "r", offset, shape)
+            pixels = np.empty(shape, np.uint8)
+            with self.lock:  # there is one position in the file for all threads
+                self.file.seek(place)
+                if self.file.readinto(pixels.data) == pixels.nbytes:
+                    return pixels
         pixels = make()
         with self.lock:
             if self.used + pixels.nbytes <= self.limit:
                 try:
                     self.file.seek(self.used)
-                    self.file.write(np.ascontiguousarray(pixels))
-                    self.file.flush()
+                    if self.file.write(np.ascontiguousarray(pixels).data) < pixels.nbytes:
+                        raise OSError("the disk is full")
                     self.places[file, kind] = stamp, self.used, pixels.shape
                     self.used += pixels.nbytes
                 except OSError as problem:
@@ -60,10 +63,10 @@ NO_CACHE = PixelCache()
 
 
 def open_cache(folder, gigabytes=None):
-    """→ PixelCache in the folder; without a number, up to a quarter of the free space there. The processes on a machine
-    (parallel.py) divide it."""
+    """→ PixelCache in the folder; without a number, up to a quarter of the free space there. Several processes divide
+    it."""
     most = int(1e9 * gigabytes) if gigabytes is not None else shutil.disk_usage(folder).free // 4
-    return PixelCache(folder, most // local_world())
+    return PixelCache(folder, most // world())
 
 
 def main():

@@ -116,9 +116,12 @@ def find_device(name, alone=False):
     they meet. Raises UserError where there is no such device, or where several would be in each other's way (alone)."""
     if alone and parallel.world() > 1:
         raise UserError("this is work for one process; start it with python, not with torchrun")
+    if parallel.world() > 1:
+        if name not in ("auto", "cpu", "cuda"):
+            raise UserError("of several processes each finds its own GPU; leave --device out, or give cpu")
+        cuda = torch.cuda.is_available() and name != "cpu"
+        name = f"cuda:{parallel.local_rank()}" if cuda else "cpu" if name == "auto" else name
     parallel.start()
-    if name in ("auto", "cuda") and torch.cuda.is_available() and parallel.world() > 1:
-        name = f"cuda:{parallel.local_rank()}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -160,9 +163,9 @@ def print_json(value):
 def report_bad(bad):
     """{file that was skipped: why}: say so at the end, and end with status 1."""
     if bad:
-        for why in bad.values():
-            print(shown(why), file=sys.stderr)
-        print(f"{counted(len(bad), 'image')} could not be read, as listed above, and left out", file=sys.stderr)
+        if not parallel.rank():
+            print("\n".join(map(shown, bad.values())), file=sys.stderr)
+            print(f"{counted(len(bad), 'image')} could not be read, as listed above, and left out", file=sys.stderr)
         sys.exit(1)
 
 
@@ -212,7 +215,7 @@ def native_precision(device):
 
 
 def find_precision(name, device):
-    """The setting `precision` → torch.dtype. What the device has no instructions for becomes float32."""
+    """The setting `precision` → torch.dtype: what the device does fastest, or float32."""
     native = native_precision(device)
     return native if name in ("auto", name_of(native)) else torch.float32
 

@@ -70,15 +70,17 @@ def write_json(file, content):
 @contextmanager
 def locked(file, says, wait=False):
     """Let no other process into this block while we are in it. The lock dies with its process; the file stays. If
-    another process is in it, print `says` and wait, or, without `wait`, raise UserError(says)."""
+    another process is in it, print `says` and wait, or, without `wait`, raise UserError(says). Yields whether there are
+    locks here: Windows and some network disks have none."""
     try:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         handle = os.fdopen(os.open(file, flags, 0o666), "rb+", buffering=0)
     except OSError as problem:
         raise UserError(f"cannot write {file} ({reason(problem)}); {advice(problem)}") from None
     with handle:
+        works = fcntl is not None
         try:
-            if fcntl:
+            if works:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
@@ -86,8 +88,8 @@ def locked(file, says, wait=False):
             print(says, file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a network disk without locks
-            pass
-        yield
+            works = False
+        yield works
 
 
 def make_folder(folder):

@@ -128,8 +128,8 @@ class FusedCLIP(nn.Module):
         levels = levels or default_levels(len(clip.visual.blocks))
         self.fusion = None if mode == "none" else MultiLevelFusion(clip.visual, levels, mode)
         self.head = nn.Parameter(torch.zeros(num_classes, clip.config.embed_dim))
-        # Of a model that was loaded (build.py): the type that the towers multiply matrices in; the towers that are yet
-        # to be prepared; a hash of what it is.
+        # The type that the towers multiply matrices in. Of a run that was loaded (build.py): which towers encoding.py
+        # has yet to prepare, and a hash of what it is.
         self.precision, self.waiting, self.fingerprint = torch.float32, set(), None
 
     def encode_image(self, pixels):
@@ -145,8 +145,8 @@ class FusedCLIP(nn.Module):
             return self.clip.encode_text(tokens).float()
 
     def _autocast(self, device):
-        """A context in which PyTorch multiplies matrices in `precision`, and keeps what needs range or digits (softmax,
-        norms) in float32. Weights that are trained stay float32 as well."""
+        """A context in which PyTorch multiplies matrices in `precision`. Softmaxes and norms are summed in float32, and
+        weights that are trained are kept so."""
         return torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
 
     @property

@@ -53,6 +53,8 @@ def index_images(run, model, files, device, batch_size, workers):
                 saved = time.monotonic()
     finally:  # an interrupted index keeps what it has
         index.save(hashes)
+    if rank():  # the first process alone keeps them, and searches
+        return list(stamps), index.mapped, bad
     place = {file: index.row[hashes[stamp]] for file, stamp in stamps.items() if hashes[stamp] in index.row}
     if not place:
         raise UserError(f"none of the {len(files):,} images can be read, {next(iter(bad.values()))}")
@@ -123,20 +125,33 @@ class Index:
         return torch.cat([self.mapped, *self.fresh]) if self.fresh else self.mapped
 
     def save(self, hashes):
-        """Keep what is new, {stamp: content}. A search needs no index, so a failure is no error."""
-        known = sum(stamp in self.hashes for stamp in hashes)
-        new = {s: content for s, content in hashes.items() if s not in self.hashes and content in self.row}
-        if not (new or self.fresh) or rank():
+        """Keep what is new of a gallery, {stamp: content}. A search needs no index, so a failure is no error."""
+        if rank() or not (self.fresh or self._new(hashes)):
             return
         try:
-            with locked(self.run / ".index.lock", "another search is keeping its own embeddings; these are not kept"):
-                enough = self.rows_file and len(self.hashes) / 2
-                if enough and (known >= enough or len(self._useful(hashes)) >= enough):
+            with locked(self.run / ".index.lock", "another search writes the index; what is new is not kept") as safe:
+                if self._current_stamp() != self.stamp:
+                    self._catch_up(hashes)
+                new = self._new(hashes)
+                if safe and self.rows_file and self._mostly_useful(hashes):
                     self._append(new)
                 else:
                     self._write_anew(self._useful(hashes) | new)
         except (UserError, OSError) as problem:
             print(f"note: {problem}", file=sys.stderr)
+
+    def _new(self, hashes):
+        return {s: content for s, content in hashes.items() if s not in self.hashes and content in self.row}
+
+    def _current_stamp(self):
+        return stamp_of(self.file) if self.file.exists() else None
+
+    def _catch_up(self, hashes):
+        """Another search has written since we read: go on from there, with those of the gallery's rows it lacks."""
+        row, rows = self.row, self.rows()
+        self.__init__(self.run, self.key, self.width)
+        missing = [c for c in dict.fromkeys(hashes.values()) if c in row and c not in self.row]
+        self.add(missing, rows[[row[content] for content in missing]])
 
     def _useful(self, hashes):
         """→ {stamp: content} of the lines whose image is still there, as it was."""
@@ -147,9 +162,12 @@ class Index:
             if (stamp in hashes if stamp[0] in paths else os.path.exists(stamp[0]))
         }
 
+    def _mostly_useful(self, hashes):
+        """Whether at least half of the lines are. If so by the gallery alone, no other file is looked for."""
+        half = len(self.hashes) / 2
+        return sum(stamp in self.hashes for stamp in hashes) >= half or len(self._useful(hashes)) >= half
+
     def _append(self, new):
-        if stamp_of(self.file) != self.stamp:
-            raise UserError("another search has kept its own embeddings meanwhile; these are not kept")
         for file, place, content in (
             (self.rows_file, self.mapped.nbytes, torch.cat([self.mapped[:0], *self.fresh]).numpy().tobytes()),
             (self.file, self.length, _lines(new, self.row)),

@@ -11,7 +11,8 @@ gradient on each rank already. So that one average serves both, shares are multi
     towers         mean over R ranks of (R · own share)  =  sum of the shares
     class vectors  mean over R ranks of the same         =  the same
 
-Without torchrun there is one rank, and all of this does nothing. The first rank alone prints, and writes files.
+Without torchrun there is one rank, and all of this does nothing. The first rank alone prints results, and writes the
+run's files.
 
 Source: Li et al., "PyTorch Distributed" (arXiv 2006.15704) averages gradients likewise; gathering embeddings for the
 loss is what open_clip does.
@@ -21,6 +22,7 @@ import atexit
 import contextlib
 import os
 import sys
+from datetime import timedelta
 
 import torch
 
@@ -49,9 +51,11 @@ def start():
     """Meet the other ranks, which torchrun has started."""
     if world() > 1 and not torch.distributed.is_initialized():
         if rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for good
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
         with _together():
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            # The others wait while the first one looks at all images. A rank that is gone is noticed at once.
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
         atexit.register(torch.distributed.destroy_process_group)  # else its threads outlive it, and that is an abort
 
 
@@ -60,6 +64,8 @@ def _together():
     """What PyTorch says where a rank is gone is of no use to anyone."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as problem:  # also DistBackendError
         said = str(problem).strip().splitlines()[0][:200]
         raise UserError(
@@ -118,13 +124,15 @@ def average_gradients(parameters):
     """Give every rank the mean of all ranks' gradients, in one message."""
     if world() == 1:
         return
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # it had no share of the batch
-    message = torch.cat([p.grad.flatten() for p in parameters])
+    # A rank without a share of the batch has no gradients. What has none on any rank keeps none: AdamW passes it over.
+    has_some = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    message = torch.cat([has_some, *(grad.flatten() for grad in grads)])
     with _together():
         torch.distributed.all_reduce(message)
-    for p, grad in zip(parameters, message.div_(world()).split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(grad.view_as(p))
+    has_some, *means = message.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, mean, some in zip(parameters, means, has_some.tolist(), strict=True):
+        p.grad = (mean / world()).view_as(p) if some else None
 
 
 def copy_from_first(tensors):

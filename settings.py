@@ -80,8 +80,8 @@ class Settings:
     )
     precision: str = setting(
         str,
-        "what the towers multiply matrices in; auto: what the device does fastest, kept with the run; all the rest "
-        "and the loss stay in float32",
+        "what the towers multiply matrices in; auto: what the device does fastest, kept with the run; the loss is "
+        "always computed in float32",
         "auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -148,9 +148,9 @@ class Settings:
         lr, steps = DEFAULTS["scratch" if scratch else "full" if full else "phantom" if small else "adapters"]
         if not scratch and base_folder(weights) == Path(weights):  # a path, not a name
             weights = str(Path(weights).resolve())
-        precision = name_of(find_precision(args.precision, device))
+        native, precision = (name_of(find_precision(name, device)) for name in ("auto", args.precision))
         if args.precision not in ("auto", precision):
-            raise UserError(f"--precision: {device} has no instructions for {args.precision}; leave it out")
+            raise UserError(f"--precision {args.precision}: {device} computes in {native} here; leave it out")
         given |= {"data": data, "weights": weights, "full": full, "precision": precision}
         given |= {"lr": lr} if args.lr is None else {}
         given |= {"steps": steps} if args.steps is None else {}

@@ -26,6 +26,7 @@ Source: arXiv 2509.00752 for the components and the joint objective; how they ar
 """
 
 import math
+import os
 import time
 
 import numpy as np
@@ -233,7 +234,7 @@ def go_on(args, device):
     with claimed(run):
         saved, splits = from_first(lambda: read_saved(run, args.given))
         settings = saved.metadata.settings
-        set_threads(args.threads or saved.state.threads)
+        set_threads(args.threads or min(saved.state.threads, os.cpu_count() or 1))
         how = device, args.workers, open_cache(run, args.cache_gb), saved
         train(run, settings, splits, saved.metadata.prompts, *how)
 

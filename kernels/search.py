@@ -59,7 +59,7 @@ def candidates(query, gallery, k):
     """Unit query (1, D), gallery (N, D) of unit rows in float16 → the rows that may be among the k nearest (n,), a few
     more than k unless many are equally near."""
     rough = gallery @ query[0].half()  # (N,)
-    kth = rough.topk(min(k, len(rough))).values[-1].float()
+    kth = rough.topk(k).values[-1].float()
     return (~(rough < kth - 2 * ROUNDING)).nonzero()[:, 0]  # what is not a number is among them, so that it shows
 
 

@@ -58,12 +58,14 @@ def test_loss_and_gradients_are_those_of_one_process(pictures, tmp_path, slerp, 
             torch.testing.assert_close(several[name], alone[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_training_by_two_processes_ends_with_the_weights_of_one(script, pictures, base, tmp_path):
-    flags = "--data", pictures / "manifest.csv", "--weights", base, *FLAGS
+@pytest.mark.parametrize("extra", [(), ("--contrastive", 0, "--full")])  # then no text is encoded
+def test_a_training_by_two_processes_ends_with_the_weights_of_one(script, pictures, base, tmp_path, extra):
+    flags = "--data", pictures / "manifest.csv", "--weights", base, *FLAGS, *extra
     assert script(train, *flags, "--run", "one")[0] == 0
     out = run(2, "train.py", *flags, "--run", "two", folder=tmp_path)
     assert out.count("before training, on val") == out.count("20/20") == 1  # the first process alone prints
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
     assert {file.name for file in (tmp_path / "one").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}

@@ -25,6 +25,7 @@ from shapes import draw
 
 import classify
 import evaluate
+import files
 import index
 import retrieve
 import train
@@ -215,16 +216,28 @@ def test_a_new_image_appends_a_row_and_a_line(search, tmp_path):
     assert anew == grown and len(encoded) == 19  # what was appended is what is made anew
 
 
-def test_two_searches_that_write_at_once_do_no_harm(search, trained, tmp_path, capsys):
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_searches_that_write_at_once_keep_both(search, tmp_path, monkeypatch, locks):
     search()
-    one, other = (index.Index(tmp_path / "run", *keys(tmp_path / "run")) for _ in range(2))
-    for which, name in ((one, "a"), (other, "b")):
-        which.add([name], torch.full((1, 64), float(name == "a")).half())
-        which.save({(str(tmp_path / "run"), 1, 2, ord(name)): name})
-    assert "another search has kept its own embeddings meanwhile" in capsys.readouterr().err
-    found = index.Index(tmp_path / "run", *keys(tmp_path / "run"))
-    assert "a" in found.row and "b" not in found.row and found.rows()[found.row["a"]].eq(1).all()
-    assert other.rows()[other.row["b"]].eq(0).all()  # it goes on with its own
+    run, before = tmp_path / "run", sorted((tmp_path / "run").glob("*.f16"))
+    if not locks:  # as on Windows
+        monkeypatch.setattr(files, "fcntl", None)
+    one, other, late = (index.Index(run, *keys(run)) for _ in range(3))
+    galleries, path = {}, {"a": str(run / "adapter.safetensors"), "b": str(run / "split.csv")}
+    for turn in range(2):
+        for which, name in ((one, "a"), (other, "b")):
+            content = f"{name}{turn}"
+            which.add([content], torch.full((1, 64), float(name == "a") + turn).half())
+            galleries.setdefault(name, {})[path[name], 1, turn, 1] = content
+            which.save(galleries[name])
+    found = index.Index(run, *keys(run))
+    for which in (found, one, other):
+        for content in ("b0", "b1") if which is other else ("a0", "a1"):
+            assert which.rows()[which.row[content]].eq(int(content[1]) + (content[0] == "a")).all()
+    assert {"a0", "a1", "b0", "b1"} <= found.row.keys() and len(found.row) == 22
+    assert (sorted(run.glob("*.f16")) == before) == locks
+    late.save({(str(run), 1, 9, 9): next(iter(late.row))})
+    assert search()[1] == []
 
 
 def keys(run):

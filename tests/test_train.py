@@ -37,6 +37,8 @@ def test_a_run_holds_what_the_design_says(trained):
 def test_only_the_adapters_and_new_parts_change(trained, base, pictures):
     before, _ = build.load_base(str(base))
     model, _, _ = build.load_run(trained, torch.device("cpu"))
+    for tower in ("visual", "text"):
+        build.prepare(model, tower)
     for name, tensor in before.state_dict().items():
         after = model.clip.state_dict()[name.replace("_proj.", "_proj.base.")]
         adapted = "attn" in name and name.endswith("weight")  # merged for inference
