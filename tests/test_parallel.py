@@ -66,7 +66,9 @@ def test_a_training_by_two_processes_ends_with_the_weights_of_one(script, pictur
     assert out.count("before training, on val") == out.count("20/20") == 1  # the first process alone prints
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    for name in one:
+    # A bias of k moves all logits of a query alike, which a softmax does not see. Its gradient is rounding, of which
+    # AdamW makes steps as long as any.
+    for name in (name for name in one if "k_proj.bias" not in name):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
     assert {file.name for file in (tmp_path / "one").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}
     figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
