@@ -34,6 +34,9 @@ SCRATCH = CLIPConfig(
 )
 
 
+SEEN = "base.json"  # in a run's folder: which file of base weights was checked
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What adapter.safetensors says of itself: all that is needed, beside its tensors, to build the model again."""
@@ -207,9 +210,6 @@ def open_base(weights, seen=None):
         with contextlib.suppress(UserError):  # a folder that may not be written to
             write_json(seen, {"stamp": stamp, "fingerprint": key})
     return Base(clip, tokenizer, key)
-
-
-SEEN = "base.json"
 
 
 def _known(seen, path):

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_machine_flags(parser, trains=False):
-    """Where to compute: --device and --workers; for a training also --cache-gb."""
+    """Where to compute: --device and --workers; for a training also --threads and --cache-gb."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     workers = max(1, min(8, (os.cpu_count() or 1) // parallel.local_world()))
     parser.add_argument(
@@ -173,7 +173,8 @@ def set_threads(wanted=None):
     """As many threads compute as wanted; without a number one for each core that no other program keeps busy.
 
     Threads that share a matrix product wait for each other in a busy loop. Where another program takes one's core, all
-    the others burn theirs: on two cores two threads beside a busy program were 2.5 times slower than one.
+    the others burn theirs: on two cores, two trainings at once were 2.5 times slower with two threads each than with
+    one.
     """
     if not wanted and torch.get_num_threads() > 1:
         wanted = max(1, math.floor(min(torch.get_num_threads(), _idle_cores(0.2) + 0.5)))

@@ -94,7 +94,8 @@ def joint_loss(model, tokenizer, items, metadata, device, seed):
     tokens = tokenizer([text for _, text in drawn] + distinct, model.clip.config.context_length)
     tokens = tokens[:, : tokens.argmax(1).max() + 1].to(device)
 
-    mine, nothing = [array for array in pixels if array is not None], model.head[:0]
+    mine = [array for array in pixels if array is not None]
+    nothing = model.head[:0]  # (0, D): what a process has to show whose share is empty
     images = torch.from_numpy(np.stack(mine)).to(device) if mine else None
     z = nothing if images is None else model.encode_image(normalize(images, model.clip.config.preprocessing))
     z = gather(z, len(items))  # (B, D)

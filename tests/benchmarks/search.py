@@ -7,9 +7,7 @@ They take turns, and the median counts.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -17,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import faiss
 import torch
 import torch.nn.functional as F
+from turns import machine, take_turns
 
 from kernels import search
 
@@ -41,20 +40,14 @@ def main():
         "FAISS IndexFlatIP": lambda queries: index.search(queries.numpy(), K),
         "matmul and topk": lambda queries: (queries @ gallery.T).topk(K),
     }
-    versions = f"PyTorch {torch.__version__}, FAISS {faiss.__version__}"
-    print(f"{args.images:,} images, {torch.get_num_threads()} threads, {versions}")
+    print(f"{args.images:,} images; {machine()}, FAISS {faiss.__version__}")
     print("| queries | | ms | of FAISS |\n| --- | --- | --- | --- |")
     for count in (1, 64):
-        queries, times = F.normalize(torch.randn(count, D), dim=1), {name: [] for name in ways}
-        found = {name: way(queries) for name, way in ways.items()}  # once for nothing
-        exact = found["matmul and topk"].values
-        assert (found["ours"][0] - exact).abs().max() < 1e-3
-        for _ in range(args.repeats):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way(queries)
-                times[name].append(1000 * (time.perf_counter() - start))
-        median = {name: statistics.median(values) for name, values in times.items()}
+        queries = F.normalize(torch.randn(count, D), dim=1)
+        exact = ways["matmul and topk"](queries).values
+        assert (ways["ours"](queries)[0] - exact).abs().max() < 1e-3
+        turns = {name: lambda way=way, queries=queries: way(queries) for name, way in ways.items()}
+        median = {name: 1000 * seconds for name, seconds in take_turns(turns, args.repeats).items()}
         for name, ms in median.items():
             print(f"| {count} | {name} | {ms:,.0f} | {ms / median['FAISS IndexFlatIP']:.2f}× |")
 
