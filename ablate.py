@@ -143,7 +143,7 @@ class Trainings:
         """repeats: {name: changes of the settings}; total: how many trainings there will be."""
         self.settings, self.repeats, self.args, self.total = settings, repeats, args, total
         self.untrained, self.runs, self.done = {}, set(), 0  # runs: those looked at; done: those trained now
-        self.how = find_device(args.device), args.workers, open_cache(args.folder, args.cache_gb)
+        self.how = find_device(args.device), args.workers, open_cache(args.folder, args.cache_gb), False
         with redirect_stdout(sys.stderr):  # standard output is the table's
             self.samples, self.duplicates, _ = load_checked(settings, args.workers)
 

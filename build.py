@@ -267,11 +267,19 @@ def prepare(model, tower):
         model.waiting.remove(tower)
 
 
-def to_device(model, settings, device):
-    """Move a model to the device, and let it multiply in the settings' precision, if the device can."""
+def to_device(model, settings, device, compiled=False):
+    """Move a model to the device, and let it multiply in the settings' precision, if the device can. compiled: make
+    few kernels of each block's many operations. Raises UserError."""
     model.precision = find_precision(settings.precision, device)
     _round(model, model.precision)
     model.to(device)
+    if compiled:
+        try:
+            torch.compile(torch.neg)(torch.ones(1, device=device))
+        except Exception as problem:  # there is no C++ compiler, or no Triton
+            raise UserError(f"cannot compile for {device} ({reason(problem)}); leave out --compile") from None
+        for block in (*model.clip.visual.blocks, *model.clip.text.blocks):  # of one tower they share what is compiled
+            block.compile()
 
 
 def _round(model, precision):

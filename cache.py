@@ -73,7 +73,7 @@ def main():
     """A large JPEG, read three times, with and without a cache."""
     from PIL import Image
 
-    from images import load_image, shrink
+    from images import load_image, to_square
 
     noise = np.random.default_rng(0).integers(0, 256, (63, 80, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def main():
         for name, cache in (("without", NO_CACHE), ("with", PixelCache(folder, 10**7))):
             for which in ("first", "second", "third"):
                 start = time.perf_counter()
-                pixels = cache.get(file, 448, lambda: shrink(load_image(file, 448), 448))
+                pixels = cache.get(file, 280, lambda: to_square(load_image(file, 280), 280))
                 took = 1000 * (time.perf_counter() - start)
                 print(f"{name:7} a cache, {which:6} time: {pixels.shape} in {took:.1f} ms, sum {pixels.sum()}")
 

@@ -25,11 +25,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from augment import ROOM, draw_view
 from cache import NO_CACHE
 from entrep import read_entrep
 from errors import UserError, reason, shown
 from files import parse_json, read_text
-from images import augment, find_images, load_image, prefetch, shrink
+from images import OPENAI, cut_square, find_images, load_image, prefetch, scaled
 from parallel import share
 from phantom import default_dataset
 from sides import mirror_classes, mirror_text
@@ -274,16 +275,20 @@ def _order(seed, epoch, count):
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def training_batches(samples, prompts, settings, steps, size, workers, frame="crop", cache=NO_CACHE):
-    """Yield the batch of each step, a list of (pixels (size, size, 3) uint8, class name, prompt, caption or None).
-    frame: of images.FRAMES. Images are augmented at no more than twice the model's size. The pixels of what is another
-    process's share (parallel.py) are None.
+def training_batches(samples, prompts, settings, steps, size, workers, how=OPENAI, cache=NO_CACHE):
+    """Yield the batch of each step, a list of (pixels, View, class name, prompt, caption or None). The pixels, (S, S,
+    3) uint8 with S = ROOM · size, are framed as the Preprocessing says, but cut out at random, not in the middle;
+    augment.py makes the view of them. They are None where they are another process's share (parallel.py).
 
     All randomness comes from seed, epoch and index, so that a step has the same batch whether or not training was
     interrupted before it, and whatever the number of workers.
     """
     mirrored_label = mirror_classes(prompts)
     mirrored_text = lru_cache(maxsize=None)(mirror_text)
+    side = round(ROOM * size)
+
+    def pixels_of(file):
+        return cache.get(file, (side, how), lambda: scaled(load_image(file, side), side, how))
 
     def item(epoch_index_mine):
         epoch, index, mine = epoch_index_mine
@@ -299,11 +304,9 @@ def training_batches(samples, prompts, settings, steps, size, workers, frame="cr
         flip = settings.flip != "none" and understood and rng.random() < 0.5
         if flip:
             label, caption = mirrored
-        prompt, file, most = rng.choice(prompts[label]), sample.image, 2 * size
-        if not mine:
-            return None, label, prompt, caption
-        image = Image.fromarray(cache.get(file, most, lambda: shrink(load_image(file, most), most)))
-        return augment(image, size, rng, flip, frame), label, prompt, caption
+        prompt, view, place = rng.choice(prompts[label]), draw_view(rng, flip), rng.random()
+        pixels = cut_square(pixels_of(sample.image), place) if mine else None
+        return pixels, view, label, prompt, caption
 
     def batch(step):
         epoch, indices = batch_of(step, len(samples), settings)
@@ -329,7 +332,7 @@ def main():
         for sample in samples:
             print(f"{sample.image.name}: {sample.label}, captions {sample.captions}")
         for step, batch in enumerate(training_batches(samples, prompts, settings, range(4), size=32, workers=0)):
-            print(f"step {step}:", "; ".join(f"{label}, {caption!r}" for _, label, _, caption in batch))
+            print(f"step {step}:", "; ".join(f"{label}, {caption!r}" for _, _, label, _, caption in batch))
 
 
 if __name__ == "__main__":

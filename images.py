@@ -1,11 +1,12 @@
 """From an image file to pixels.
 
-file ─ load_image ─ Pillow image ─ to_square, or augment ─ uint8 pixels ─ normalize ─ float pixels for CLIP
+file ─ load_image ─ Pillow image ─ to_square ─ uint8 pixels ─ normalize ─ float pixels for CLIP
+
+For training, augment.py stands before the last step.
 """
 
 import math
 import os
-import random
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import UserError, advice, reason
 
@@ -125,42 +126,45 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def shrink(image, side):
-    """Pillow image → (H, W, 3) uint8, scaled down until its shorter side has at most `side` pixels."""
-    image, short = to_rgb(image), min(image.size)
-    if short > side:
-        size = [max(1, round(length * side / short)) for length in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
-    return np.asarray(image)
-
-
 def to_square(image, size=224, how=OPENAI):
     """Pillow image → (size, size, 3) uint8, scaled (antialiased) and cut or padded as the Preprocessing says."""
+    return cut_square(scaled(image, size, how)).copy()
+
+
+def cut_square(pixels, place=0.5):
+    """(H, W, 3) → a square of it, as large as possible. place: how far along the longer side, from 0 to 1."""
+    height, width, _ = pixels.shape
+    size = min(height, width)
+    top, left = int(place * (height - size)), int(place * (width - size))
+    return pixels[top : top + size, left : left + size]
+
+
+def scaled(image, size, how):
+    """Pillow image → uint8, scaled (antialiased): (size, size, 3), or where it is still to be cut, its shorter side
+    `size` long."""
     resample = RESAMPLING[how.resample]
     if how.frame == "crop":
-        return np.array(_scale_and_crop(image, size, resample))
+        return np.asarray(_scale_shorter(image, size, resample))
     image = to_rgb(image)
     if how.frame == "squash":
-        return np.array(image.resize((size, size), resample))
+        return np.asarray(image.resize((size, size), resample))
     if how.frame == "field":
         image = crop_to_field(image)
     longest = max(image.size)
     width, height = (max(1, round(size * side / longest)) for side in image.size)
     square = Image.new("RGB", (size, size))
     square.paste(image.resize((width, height), resample), ((size - width) // 2, (size - height) // 2))
-    return np.array(square)
+    return np.asarray(square)
 
 
-def _scale_and_crop(image, size, resample):
-    """The shorter side to `size`, then the centre."""
+def _scale_shorter(image, size, resample):
     short = min(image.size)
     if max(image.size) > 32 * short:  # a thread, whose scaled copy would fill the memory: its middle
         left, top = (max(0, side - 32 * short) // 2 for side in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
     image = to_rgb(image)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+    return image.resize((width, height), resample)
 
 
 def crop_to_field(image):
@@ -182,9 +186,9 @@ def crop_to_field(image):
 
 
 def normalize(pixels, how=OPENAI):
-    """(…, H, W, 3) uint8 → (…, 3, H, W) float32, less the mean, divided by the deviation, on the same device."""
+    """(…, H, W, 3) from 0 to 255 → (…, 3, H, W) float32: less the mean, divided by the deviation, on its device."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (how.mean, how.std))
-    return pixels.movedim(-1, -3).contiguous().float().div_(255).sub_(mean).div_(std)
+    return (pixels.movedim(-1, -3).contiguous() / 255).sub_(mean).div_(std)
 
 
 def preprocess(image, size=224, how=OPENAI):
@@ -195,31 +199,6 @@ def preprocess(image, size=224, how=OPENAI):
     open_clip's resize mode "longest".
     """
     return normalize(torch.from_numpy(to_square(image, size, how)), how)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
-
-
-def augment(image, size, rng, flip, frame="crop"):
-    """Pillow image → (size, size, 3) uint8: a random crop (half the area or more), a rotation of up to 15°, brightness,
-    contrast and saturation within 20 %, and, if `flip`, mirrored. rng: a random.Random; frame: of FRAMES."""
-    image = to_rgb(image)
-    if frame == "field":
-        image = crop_to_field(image)
-    if frame in ("pad", "field"):
-        if max(image.size) ** 2 > LARGEST:  # a thread, whose square would fill the memory
-            image = image.reduce(math.ceil(max(image.size) / LARGEST**0.5))
-        image = ImageOps.pad(image, (max(image.size),) * 2)
-    scale, aspect = rng.uniform(0.5, 1) ** 0.5, rng.uniform(3 / 4, 4 / 3) ** 0.5
-    across, down = image.size if frame == "squash" else (min(image.size),) * 2
-    width, height = min(across * scale * aspect, image.width), min(down * scale / aspect, image.height)
-    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
-    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)  # black corners, as around a scope's field
-    for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = enhancer(image).enhance(rng.uniform(0.8, 1.2))
-    return np.array(ImageOps.mirror(image) if flip else image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +297,6 @@ def main():
     image = Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8))
     pixels = preprocess(image)
     print(f"image {image.size} → pixels {tuple(pixels.shape)}, mean {pixels.mean():.2f}, std {pixels.std():.2f}")
-    print(f"augmented {augment(image, 224, random.Random(0), flip=True).shape}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ that ten epochs of a thousand are, and what is to be learned takes about as many
 With --resume an interrupted training ends with the same bits as an uninterrupted one. It begins the interrupted round
 again, whose randomness follows from seed and step alone. The learning rate follows from the step's number. The weights
 that are trained, AdamW's running means, GradScaler's factor and the best score so far are kept in last.safetensors.
-This is promised on a CPU only, with the same PyTorch and number of threads, as a sum depends on its order: in float32
-(1e8 + 1) − 1e8 is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some GPU operations,
+This is promised on a CPU only, without --compile, with the same PyTorch and number of threads, as a sum depends on its
+order: in float32 (1e8 + 1) − 1e8 is 0, and (1e8 − 1e8) + 1 is 1. Our kernels add in a fixed order. Some GPU operations,
 such as the backward of fused attention, may add in whatever order their threads arrive.
 
 Source: arXiv 2509.00752 for the components and the joint objective; how they are composed is this project's choice.
@@ -29,10 +29,10 @@ import math
 import os
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from augment import augment
 from build import check_model, load_trained, new_model, to_device, trained_parameters
 from cache import open_cache
 from checkpoint import read_safetensors
@@ -59,16 +59,14 @@ ROUNDS = 10  # of a training
 
 def parse_arguments():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "--run",
-        type=file_path,
-        help="folder to train into, by default a new one in runs/; with --resume: that of the run to go on with, by "
-        "default the newest unfinished one",
-    )
+    where = "folder to train into, by default a new one in runs/; with --resume to go on with, by default the newest"
+    parser.add_argument("--run", type=file_path, help=where)
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run, or with more --steps a finished one"
     )
     parser.add_argument("--prompts", type=file_path, help='JSON file of your own prompts, {"class": ["prompt", …], …}')
+    compiled = "compile both towers first: takes a minute, saves memory; the speed on GPUs is not yet measured"
+    parser.add_argument("--compile", action="store_true", help=compiled)
     add_machine_flags(parser, trains=True)
     add_settings(parser)
     args = parser.parse_args()
@@ -84,26 +82,26 @@ def parse_arguments():
 
 def joint_loss(model, tokenizer, items, metadata, device, seed):
     """A batch of `training_batches` → the loss, a scalar, the same on every process (parallel.py). seed: for slerp."""
-    pixels, labels, prompts, captions = zip(*items, strict=True)
-    number, weight = {name: i for i, name in enumerate(metadata.classes)}, metadata.settings.contrastive
+    images, views, labels, prompts, captions = zip(*items, strict=True)
+    number, config = {name: i for i, name in enumerate(metadata.classes)}, model.clip.config
 
     # Each distinct text is encoded once, cut to the longest one. A prompt belongs to all images of its class.
     drawn = list(dict.fromkeys(zip(labels, prompts, strict=True)))  # (class name, prompt) pairs
     captioned = [row for row, caption in enumerate(captions) if caption]
     distinct = list(dict.fromkeys(captions[row] for row in captioned))  # captions
-    tokens = tokenizer([text for _, text in drawn] + distinct, model.clip.config.context_length)
+    tokens = tokenizer([text for _, text in drawn] + distinct, config.context_length)
     tokens = tokens[:, : tokens.argmax(1).max() + 1].to(device)
 
-    mine = [array for array in pixels if array is not None]
-    nothing = model.head[:0]  # (0, D): what a process has to show whose share is empty
-    images = torch.from_numpy(np.stack(mine)).to(device) if mine else None
-    z = nothing if images is None else model.encode_image(normalize(images, model.clip.config.preprocessing))
+    z = nothing = model.head[:0]  # (0, D): what a process has to show whose share is empty
+    if mine := [(image, view) for image, view in zip(images, views, strict=True) if image is not None]:
+        pixels = augment(*zip(*mine, strict=True), config.image_size, device)  # (B, H, W, 3)
+        z = model.encode_image(normalize(pixels, config.preprocessing))
     z = gather(z, len(items))  # (B, D)
     targets = torch.tensor([number[label] for label in labels], device=device)  # (B,) class numbers
     mixed = slerp_mix(z, targets, metadata.settings.slerp, torch.Generator().manual_seed(seed))  # (B, D)
     loss = F.cross_entropy(model.classify(mixed), targets)
 
-    if weight:
+    if metadata.settings.contrastive:
         some = share(tokens)
         texts = gather(model.encode_text(some) if len(some) else nothing, len(tokens))  # (prompts + captions, D)
         of_prompts, of_captions = texts.split([len(drawn), len(distinct)])
@@ -113,7 +111,7 @@ def joint_loss(model, tokenizer, items, metadata, device, seed):
             caption_numbers = torch.arange(len(distinct), device=device)
             own_caption = torch.tensor([distinct.index(captions[row]) for row in captioned], device=device)
             terms.append(contrastive_loss(z[captioned], of_captions, model.scale, own_caption, caption_numbers))
-        loss = loss + weight * torch.stack(terms).mean()
+        loss = loss + metadata.settings.contrastive * torch.stack(terms).mean()
     return loss
 
 
@@ -123,7 +121,7 @@ def train_round(model, tokenizer, samples, metadata, steps, optimization, device
     torch.manual_seed(seed + steps.start + 2**32 * rank())  # for dropout
     model.train()
     progress, losses, config = Progress(len(steps), unit="steps"), [], model.clip.config
-    how = config.image_size, workers, config.preprocessing.frame, cache
+    how = config.image_size, workers, config.preprocessing, cache
     batches = training_batches(samples, metadata.prompts, metadata.settings, steps, *how)
     for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
         loss = joint_loss(model, tokenizer, items, metadata, device, seed + step)
@@ -164,12 +162,12 @@ def finish(run, state, split, results):
     return metrics
 
 
-def train(run, settings, splits, prompts, device, workers, cache, saved=None, rounds=ROUNDS, zero_shot=None):
-    """Train a model into the run's folder, or go on with what was Saved there → its metrics. rounds: how often
-    val is scored; zero_shot: the untrained model's figures, if they are known."""
+def train(run, settings, splits, prompts, device, workers, cache, compiled, saved=None, rounds=ROUNDS, zero_shot=None):
+    """Train a model into the run's folder, or go on with what was Saved there → its metrics. compiled: by
+    torch.compile; rounds: how often val is scored; zero_shot: the untrained model's figures, if they are known."""
     scored = scored_split(splits)
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
-    to_device(model, settings, device)
+    to_device(model, settings, device, compiled)
     optimization = Optimization(model, settings, device)
     trained, total = (sum(p.numel() for p in ps) for ps in (trained_parameters(model).values(), model.parameters()))
     where = f"{device}, {counted(torch.get_num_threads(), 'thread')}, {name_of(model.precision)}"
@@ -226,7 +224,7 @@ def begin(args, device):
     run = args.run or from_first(lambda: new_folder(settings))
     with claimed(run, new=True):
         from_first(lambda: record(run, settings, splits, bad))
-        train(run, settings, splits, prompts, device, args.workers, open_cache(run, args.cache_gb))
+        train(run, settings, splits, prompts, device, args.workers, open_cache(run, args.cache_gb), args.compile)
 
 
 def go_on(args, device):
@@ -236,7 +234,7 @@ def go_on(args, device):
         saved, splits = from_first(lambda: read_saved(run, args.given))
         settings = saved.metadata.settings
         set_threads(args.threads or min(saved.state.threads, os.cpu_count() or 1))
-        how = device, args.workers, open_cache(run, args.cache_gb), saved
+        how = device, args.workers, open_cache(run, args.cache_gb), args.compile, saved
         train(run, settings, splits, saved.metadata.prompts, *how)
 
 

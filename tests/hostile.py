@@ -27,7 +27,7 @@ import trust
 from build import load_base
 from data import load_dataset
 from errors import run_script
-from images import FRAMES, Preprocessing, augment, load_image, look, preprocess, to_square
+from images import FRAMES, Preprocessing, load_image, look, preprocess, to_square
 from lora import add_lora
 from peft_format import save_adapter
 from pictures import thumbnail
@@ -261,9 +261,7 @@ class Hostile:
 
         def read():
             image = load_image(file)
-            frame = rng.choice(FRAMES)
-            to_square(image, 32, Preprocessing(frame))
-            augment(image, 32, random.Random(0), True, frame)
+            to_square(image, 32, Preprocessing(rng.choice(FRAMES)))
             look(image)
             thumbnail(file)
 

@@ -12,6 +12,7 @@ import torch
 from shapes import SHAPES
 
 import images
+from augment import augment
 from data import Sample, load_dataset, training_batches
 from errors import UserError
 
@@ -121,7 +122,7 @@ def test_a_step_draws_one_of_the_captions(pictures):
     image = load_dataset(pictures / "manifest.csv")[0].image
     settings = SimpleNamespace(seed=0, batch_size=1, flip="swap")
     samples = [Sample(image, "x", ("on the left", "on the right", "red"))]
-    drawn = [caption for ((_, _, _, caption),) in training_batches(samples, {"x": ["p"]}, settings, range(60), 32, 0)]
+    drawn = [caption for ((*_, caption),) in training_batches(samples, {"x": ["p"]}, settings, range(60), 32, 0)]
     assert set(drawn) == {"on the left", "on the right", "red"} and min(map(drawn.count, set(drawn))) > 9
 
 
@@ -372,11 +373,11 @@ def test_every_epoch_shows_each_image_once_and_a_step_has_its_batch_wherever_one
 
     def batches(steps):
         found = training_batches(samples, prompts, settings, steps, 32, 2)
-        return [[(pixels.tobytes(), label, prompt) for pixels, label, prompt, _ in batch] for batch in found]
+        return [[(pixels.tobytes(), *rest) for pixels, *rest in batch] for batch in found]
 
     whole = batches(range(12))  # two epochs of five batches, and two batches
     assert [len(batch) for batch in whole[:5]] == [4, 4, 4, 3, 3]
-    epochs = [[label for batch in part for _, label, _ in batch] for part in (whole[:5], whole[5:10])]
+    epochs = [[label for batch in part for _, _, label, _, _ in batch] for part in (whole[:5], whole[5:10])]
     assert epochs[0] != epochs[1]
     assert all(sorted(labels) == sorted(sample.label for sample in samples) for labels in epochs)
     assert batches(range(7, 11)) == whole[7:11]
@@ -395,9 +396,10 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
     items = [item for epoch in range(3) for item in items_of(samples, prompts, epoch)]
     assert len(items) == 3 * len(samples)
     seen, columns = [], torch.arange(32.0)
-    for pixels, label, prompt, caption in items:
+    for image, view, label, prompt, caption in items:
+        (pixels,) = augment([image], [view], 32)
         assert prompt == f"prompt {label}"
-        red = torch.from_numpy(pixels[..., 0].astype(float) - pixels[..., 1]).clamp(min=0).sum(0)  # in each column
+        red = (pixels[..., 0] - pixels[..., 1]).clamp(min=0).sum(0)  # in each column
         if "half" in label and red[[0, -1]].max() > 10 * red[[0, -1]].min():
             side = "left" if (red * columns).sum() / red.sum() < columns.mean() else "right"
             assert label == f"half-{side}" and side in caption
@@ -405,14 +407,15 @@ def test_flips_swap_sides_or_do_not_happen(pictures):
     assert min(seen.count("half-left"), seen.count("half-right")) > 5
     one_sided = [s for s in samples if s.label != "half-right"]
     one_sided_prompts = {name: texts for name, texts in prompts.items() if name != "half-right"}
-    assert "half-right" not in [label for _, label, _, _ in items_of(one_sided, one_sided_prompts)]
+    assert "half-right" not in [label for _, _, label, _, _ in items_of(one_sided, one_sided_prompts)]
 
     settings.flip = "naive"
     items = items_of(samples, prompts)
-    assert sorted(label for _, label, _, _ in items) == sorted(sample.label for sample in samples)
+    assert sorted(label for _, _, label, _, _ in items) == sorted(sample.label for sample in samples)
     centres = {}
-    for pixels, label, _, _ in items:
-        red = torch.from_numpy(pixels[..., 0].astype(float) - pixels[..., 1]).clamp(min=0).sum(0)
+    for image, view, label, _, _ in items:
+        (pixels,) = augment([image], [view], 32)
+        red = (pixels[..., 0] - pixels[..., 1]).clamp(min=0).sum(0)
         centres.setdefault(label, []).append(float((red * columns).sum() / red.sum()) if red.sum() else 0.0)
     for label in ("half-left", "half-right"):
         assert min(centres[label]) < 14 and max(centres[label]) > 18  # mirrored, and still called what it was

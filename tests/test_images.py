@@ -24,7 +24,6 @@ from errors import UserError
 from images import (
     FRAMES,
     Preprocessing,
-    augment,
     crop_to_field,
     find_duplicates,
     load_image,
@@ -275,61 +274,6 @@ def test_a_pipe_is_no_image(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Augmentation
-
-
-@pytest.mark.parametrize("size", [224, 32])
-@pytest.mark.parametrize("shape", [(640, 480), (300, 900), (1, 1), (2, 50), (17, 3)])
-def test_augmented_images_have_the_right_shape(shape, size):
-    for seed in range(4):
-        pixels = augment(noise(*shape), size, random.Random(seed), flip=bool(seed % 2))
-        assert pixels.shape == (size, size, 3)
-        assert pixels.dtype == np.uint8
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_images_of_every_mode_can_be_augmented(mode):
-    assert augment(in_mode(mode), 48, random.Random(0), flip=False).shape == (48, 48, 3)
-
-
-def test_augmentation_follows_its_random_generator():
-    image = noise(90, 70)
-    first, again, other = (augment(image, 64, random.Random(seed), flip=False) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_flip_mirrors_and_changes_nothing_else(seed):
-    image, rngs = noise(90, 70), (random.Random(seed), random.Random(seed))
-    plain, flipped = (augment(image, 64, rng, flip) for rng, flip in zip(rngs, (False, True), strict=True))
-    np.testing.assert_array_equal(flipped, plain[:, ::-1])
-    assert (flipped != plain).any()
-    assert rngs[0].random() == rngs[1].random()
-
-
-def test_augmentation_leaves_the_image_as_it_was():
-    image = noise(90, 70)
-    before = image.tobytes()
-    augment(image, 64, random.Random(0), flip=True)
-    assert image.tobytes() == before
-
-
-def test_an_augmented_image_shows_half_of_the_original_or_more():
-    stripes = np.zeros((200, 200, 3), np.uint8)
-    stripes[:, np.arange(200) // 5 % 2 == 1] = 255
-    images = [Image.fromarray(stripes), Image.fromarray(stripes.transpose(1, 0, 2).copy())]
-    areas = []
-    for seed in range(30):
-        across, down = (augment(image, 200, random.Random(seed), flip=False).mean(2) for image in images)
-        middles = [line > (line.min() + line.max()) / 2 for line in (across[100], down[:, 100])]
-        edges = [np.count_nonzero(np.diff(line)) for line in middles]  # of 39, fewer where less is seen
-        areas.append(edges[0] * edges[1] / 39**2)
-    assert min(areas) > 0.5 * np.cos(np.radians(15)) ** 2 - 0.05  # a turned line crosses fewer stripes
-    assert max(areas) - min(areas) > 0.2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Prefetching
 
 WORKERS = pytest.mark.parametrize("workers", [0, 1, 4])
@@ -499,24 +443,7 @@ def test_padding_and_squashing_keep_the_whole_picture():
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_thread_does_not_fill_the_memory(frame):
     image = Image.new("RGB", (60_000, 12), "red")
-    assert augment(image, 32, random.Random(0), True, frame).shape == (32, 32, 3)
-
-
-@pytest.mark.parametrize("frame", FRAMES)
-def test_an_augmented_picture_shows_what_its_frame_shows(frame):
-    """Left red, right blue, in the middle green: a crop of the middle has hardly red or blue."""
-    image = Image.new("RGB", (400, 100), "lime")
-    image.paste("red", (0, 0, 100, 100))
-    image.paste("blue", (300, 0, 400, 100))
-    rng, seen = random.Random(0), np.zeros(3)
-    for _ in range(20):
-        pixels = augment(image, 32, rng, flip=False, frame=frame).reshape(-1, 3)
-        seen += [(pixels.argmax(1) == channel)[pixels.max(1) > 60].sum() for channel in range(3)]
-    shares = seen / seen.sum()
-    if frame == "crop":  # anywhere in the picture, but a square
-        assert shares[1] > 0.4
-    else:
-        assert abs(shares - (0.25, 0.5, 0.25)).max() < 0.15
+    assert to_square(image, 32, Preprocessing(frame)).shape == (32, 32, 3)
 
 
 def test_a_run_keeps_its_frame(script, base, pictures, tmp_path):

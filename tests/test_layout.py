@@ -14,7 +14,7 @@ LAYERS = [
     {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
     {"runs", "build", "optimization", "settings", "pictures", "cli", "encoding", "index"},
     {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
-    {"model", "tokenizer", "prompts", "images", "cache", "sides", "kernels", "metrics", "phantom"},
+    {"model", "tokenizer", "prompts", "images", "augment", "cache", "sides", "kernels", "metrics", "phantom"},
     {"files", "errors", "parallel"},
 ]
 SCRIPTS = [("train", "evaluate"), ("ablate", "train")]

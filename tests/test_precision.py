@@ -114,3 +114,32 @@ def test_a_resumed_training_computes_with_as_many_threads_as_before(script, trai
     assert script(train, "--resume", "--run", trained, "--steps", 4, "--lr", "3e-3")[0] == 0
     assert script(train, "--resume", "--run", trained, "--steps", 5, "--threads", 2)[0] == 0
     assert chosen == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles for a CPU with g++")
+def test_a_compiled_training_is_nearly_the_plain_one(script, pictures, base, tmp_path):
+    flags = "--data", pictures / "images", "--weights", base, "--steps", 3, "--batch-size", 7, "--device", "cpu"
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        status, _, err = script(train, *flags, "--lr", "1e-4", "--run", name, *more)
+        assert status == 0, err
+    plain, compiled = (read_safetensors(tmp_path / name / "last.safetensors")[0] for name in ("plain", "compiled"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    moved = [name for name in plain if "lora_B" in name and plain[name].abs().max() > 1e-5]
+    assert len(moved) > 4 and plain.keys() == compiled.keys()
+    for name in moved:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_without_a_compiler_the_flag_is_refused(script, pictures, base, monkeypatch):
+    def fail(function):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    flags = "--data", pictures / "images", "--weights", base, "--steps", 3, "--device", "cpu"
+    assert "cannot compile for cpu (no C++ compiler was found); leave out --compile" in mistake(
+        script(train, *flags, "--compile", "--run", "run")
+    )

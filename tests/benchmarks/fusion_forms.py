@@ -16,7 +16,6 @@ import random
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,10 +23,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ablate import mean_and_interval
+from augment import ROOM, augment, draw_view
 from build import load_base
 from data import class_names, load_dataset
 from fusion import default_levels
-from images import augment, load_image, normalize, prefetch, to_square
+from images import load_image, normalize, prefetch, to_square
 from kernels import slerp
 from metrics import first_relevant_ranks
 from prompts import class_prompts
@@ -101,18 +101,19 @@ def encode(clip, samples, prompts, views):
         label = samples[index].label
         if not views:
             return [(to_square(image, size), label)]
-        rng, found = random.Random(index), []
+        rng, found, square = random.Random(index), [], to_square(image, round(ROOM * size))
         for view in range(views):
             other = mirror_label(label, prompts)
             flip = view % 2 == 1 and other is not None
-            found.append((augment(image, size, rng, flip), other if flip else label))
+            (view,) = augment([square], [draw_view(rng, flip)], size)
+            found.append((view, other if flip else label))
         return found
 
     tokens, labels = [], []
     for batch in prefetch(pixels, [[i] for i in range(len(samples))], 1):
         arrays, names = zip(*batch[0], strict=True)
         with torch.no_grad():
-            tokens.append(clip.visual(normalize(torch.from_numpy(np.stack(arrays)))))
+            tokens.append(clip.visual(normalize(torch.stack([torch.as_tensor(array) for array in arrays]))))
         labels.append([classes.index(name) for name in names])
     groups = [sample.group or str(sample.image) for sample in samples]
     return torch.stack(tokens), torch.tensor(labels), torch.tensor([groups.index(group) for group in groups])

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/input.py             # --images 100
 
-Images are 1280 × 1008, smooth with some noise, as an endoscope's; the model takes 224 × 224. Beside us: what Pillow
-takes to decode and resize them, without any augmentation.
+Images are 1280 × 1008, smooth with some noise, as an endoscope's; the model takes 224 × 224. Ours includes the random
+views (augment.py). Beside it: what Pillow takes to decode and resize them, without any augmentation.
 """
 
 import argparse
@@ -18,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import PIL
+import torch
 from PIL import Image
 from turns import machine
 
+from augment import augment
 from cache import NO_CACHE, PixelCache
 from data import Sample, training_batches
-from images import prefetch
+from images import normalize, prefetch
 
 SIZE, THREADS = 224, 2
 
@@ -43,6 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100)
     args = parser.parse_args()
+    torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         files = pictures(Path(folder), args.images)
         samples, prompts = [Sample(file, "x") for file in files], {"x": ["x"]}
@@ -53,8 +56,9 @@ def main():
             batches = training_batches(
                 samples, prompts, settings, range(steps * number, steps * (number + 1)), SIZE, THREADS, cache=cache
             )
-            for _ in batches:
-                pass
+            for batch in batches:
+                images, views, *_ = zip(*batch, strict=True)
+                normalize(augment(images, views, SIZE))
 
         def pillow():
             def load(file):

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import ablate
 import build
 import train
+from augment import augment
 from cli import find_device
 from fusion import FusedCLIP
 from images import normalize
@@ -29,11 +29,11 @@ from settings import Settings
 
 def loss_with_text_partners(model, tokenizer, items, metadata, device, seed):
     """As train.joint_loss, but an image's embedding is mixed with that of the prompt which was drawn for it."""
-    pixels, labels, prompts, captions = zip(*items, strict=True)
+    images, views, labels, prompts, captions = zip(*items, strict=True)
     drawn = list(dict.fromkeys(zip(labels, prompts, strict=True)))
     captioned = [row for row, caption in enumerate(captions) if caption]
     distinct = list(dict.fromkeys(captions[row] for row in captioned))
-    z = model.encode_image(normalize(torch.from_numpy(np.stack(pixels))))
+    z = model.encode_image(normalize(augment(images, views, model.clip.config.image_size)))
     tokens = tokenizer([text for _, text in drawn] + distinct, model.clip.config.context_length)
     of_prompts, of_captions = model.encode_text(tokens[:, : tokens.argmax(1).max() + 1]).split(
         [len(drawn), len(distinct)]

@@ -9,6 +9,7 @@ towers, and AdamW. Each runs in a process of its own; the processes take turns.
 
 import argparse
 import multiprocessing
+import random
 import resource
 import statistics
 import sys
@@ -43,13 +44,14 @@ def theirs(batch):
     return step
 
 
-def ours(batch, precision):
+def ours(batch, precision, compiled=False):
     """→ the same."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
 
     import train
+    from augment import draw_view
     from build import Metadata, assemble, to_device
     from model import CLIP, CLIPConfig
     from optimization import Optimization
@@ -59,11 +61,11 @@ def ours(batch, precision):
     prompts = {str(i): [f"class {i}"] for i in range(7)}
     model = assemble(CLIP(CLIPConfig()).initialize(), settings, len(prompts)).train()
     torch.nn.init.normal_(model.head)
-    to_device(model, settings, torch.device("cpu"))
+    to_device(model, settings, torch.device("cpu"), compiled)
     optimization = Optimization(model, settings, torch.device("cpu"))
-    rng = np.random.default_rng(0)
+    rng, view = np.random.default_rng(0), draw_view(random.Random(0), False)
     items = [
-        (rng.integers(0, 256, (224, 224, 3), dtype=np.uint8), str(i % 7), f"class {i % 7}", CAPTION.format(i))
+        (rng.integers(0, 256, (280, 280, 3), dtype=np.uint8), view, str(i % 7), f"class {i % 7}", CAPTION.format(i))
         for i in range(batch)
     ]
 
@@ -79,6 +81,7 @@ def ours(batch, precision):
 WAYS = {
     "transformers + PEFT, float32": theirs,
     "ours, float32": lambda batch: ours(batch, "float32"),
+    "ours, float32, compiled": lambda batch: ours(batch, "float32", True),
     "ours, bfloat16": lambda batch: ours(batch, "bfloat16"),
 }
 
