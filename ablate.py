@@ -44,7 +44,7 @@ from runs import claimed, finished
 from settings import Settings, add_settings, given_settings, refuse_idle
 from split_file import hash_of, write_split
 from splits import describe, few, load_checked, split_dataset
-from train import train
+from train import finish, train
 
 OFF = {  # part: the settings that switch it off
     "LoRA": {"lora_rank": 0},
@@ -143,7 +143,7 @@ class Trainings:
         """repeats: {name: changes of the settings}; total: how many trainings there will be."""
         self.settings, self.repeats, self.args, self.total = settings, repeats, args, total
         self.untrained, self.runs, self.done = {}, set(), 0  # runs: those looked at; done: those trained now
-        self.how = find_device(args.device), args.workers, open_cache(args.folder, args.cache_gb), False
+        self.how = find_device(args.device), args.workers, open_cache(args.folder, args.cache_gb)
         with redirect_stdout(sys.stderr):  # standard output is the table's
             self.samples, self.duplicates, _ = load_checked(settings, args.workers)
 
@@ -176,7 +176,6 @@ class Trainings:
         prompts = class_prompts(classes, self.args.prompts) if variant.prompts else {name: [name] for name in classes}
         # What decides the untrained model's figures, which are computed once. From scratch they are chance.
         key = settings.seed, settings.fold, settings.weights, settings.frame, settings.precision, variant.prompts
-        known = self.untrained.get(key)
         make_folder(run)
         (run / "log.txt").unlink(missing_ok=True)  # it might be a link
         with (
@@ -186,7 +185,8 @@ class Trainings:
             redirect_stderr(log),
         ):
             write_split(run / "split.csv", splits)
-            metrics = train(run, settings, splits, prompts, *self.how, zero_shot=known, rounds=1)
+            trained = train(run, settings, splits, prompts, *self.how, known=self.untrained.get(key), rounds=1)
+            metrics = finish(run, splits, *trained, *self.how, report=False)
             (run / "last.safetensors").unlink()  # nothing is resumed in the middle of a training
         self.untrained[key], self.done = _untrained(metrics), self.done + 1
 

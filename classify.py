@@ -6,6 +6,7 @@ import sys
 import torch
 
 from build import load_run
+from calibration import CALIBRATION, UNLIKE, Calibration
 from cli import (
     Parser,
     add_query_flags,
@@ -14,6 +15,7 @@ from cli import (
     file_path,
     find_device,
     print_json,
+    probability,
     report_bad,
 )
 from encoding import encode_images
@@ -23,35 +25,67 @@ from images import find_images
 from runs import find_run
 from trust import find_samples
 
+UNSURE = "unsure"
 
-def classify(model, classes, files, device, batch_size, workers):
-    """Image files → a dict each, image, class, probability, and the probabilities of all classes, "classes"; and {file
-    that cannot be read: why}."""
+
+def classify(model, classes, files, device, batch_size, workers, calibration, unsure=0.0):
+    """Image files → a dict each, "image", "class", "probability", "familiarity" (calibration.py) and the probabilities
+    of all classes, "classes"; and {file that cannot be read: why}. unsure: a class that is less probable is UNSURE."""
     bad = {}
     features = encode_images(model, files, device, batch_size, workers, "classifying", bad)
     files = [file for file in files if file not in bad]
     with torch.inference_mode():
-        table = model.classify(features.to(device)).softmax(1).cpu().tolist()  # (files, classes)
+        table = calibration.probabilities(model.classify(features.to(device)).cpu()).tolist()  # (files, classes)
+    familiar = calibration.familiarity(features)
     results = []
-    for file, row in zip(files, table, strict=True):
-        probabilities = {name: round(p, 4) for name, p in zip(classes, row, strict=True)}
+    for number, (file, row) in enumerate(zip(files, table, strict=True)):
+        probabilities = {name: round(p, 6) for name, p in zip(classes, row, strict=True)}
         best = classes[row.index(max(row))]
-        results.append(
-            {"image": str(file), "class": best, "probability": probabilities[best], "classes": probabilities}
-        )
+        result = {"image": str(file), "class": best if max(row) >= unsure else UNSURE}
+        result["probability"] = probabilities[best]
+        result["familiarity"] = None if familiar is None else round(familiar[number].item(), 4)
+        results.append(result | {"classes": probabilities})
     return results, bad
+
+
+def show(results, classes, args):
+    """Print them in the form that was asked for."""
+    if args.json:
+        print_json(results)
+    elif args.csv:
+        name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["image", "class", "probability", "familiarity", *map(name, classes)])
+        for r in results:
+            columns = name(r["image"]), name(r["class"]), r["probability"], r["familiarity"]
+            writer.writerow([*columns, *r["classes"].values()])
+    else:
+        table = [("image", "class", "probability", "runner-up", "")]
+        for r in results:
+            second = sorted(r["classes"], key=r["classes"].get)[-2]
+            strange = r["familiarity"] is not None and r["familiarity"] < UNLIKE
+            note = "unlike the training images" if strange else ""
+            columns = f"{r['probability']:.3f}", f"{second} {r['classes'][second]:.3f}"
+            table.append((r["image"], r["class"], *columns, note))
+        table = [tuple(map(shown, row)) for row in table]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def main():
     parser = Parser(__doc__)
     add_run_flags(parser)
     parser.add_argument("images", nargs="*", type=file_path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
+    parser.add_argument(
+        "--unsure", type=probability, default=0.0, help="below this probability the class is given as unsure"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="print CSV, with the probability of every class")
     add_query_flags(parser, "cls.csv gives {image: class number}, for the images of --data")
     args = parser.parse_args()
-    check_query_flags(args, "images", "csv")
+    check_query_flags(args, "images", "csv", "unsure")
     if args.images and args.data:
         raise UserError("--data has no effect where images are named; leave one of them out")
     queries = read_queries(args.queries) if args.queries else []
@@ -69,7 +103,9 @@ def main():
     files = list(dict.fromkeys(files or (s.image for s in find_samples(args.data, metadata, run))))
     asked = dict(zip(queries, find_queries(queries, files, args.queries), strict=True))  # {query: file}
     files = list(dict.fromkeys(asked.values())) or files
-    results, bad = classify(model, metadata.classes, files, device, args.batch_size, args.workers)
+    calibration = Calibration.load(run / CALIBRATION, model.head.shape[1])
+    how = device, args.batch_size, args.workers, calibration, args.unsure
+    results, bad = classify(model, metadata.classes, files, *how)
     print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
     if queries:
@@ -78,24 +114,8 @@ def main():
         print_json(answers)
         if args.zip:
             zip_submission(answers, args.queries.stem, args.zip)
-    elif args.json:
-        print_json(results)
-    elif args.csv:
-        name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
-        writer = csv.writer(sys.stdout)
-        writer.writerow(["image", "class", "probability", *map(name, metadata.classes)])
-        writer.writerows(
-            [name(r["image"]), name(r["class"]), r["probability"], *r["classes"].values()] for r in results
-        )
     else:
-        table = [("image", "class", "probability", "runner-up")]
-        for r in results:
-            second = sorted(r["classes"], key=r["classes"].get)[-2]
-            table.append((r["image"], r["class"], f"{r['probability']:.3f}", f"{second} {r['classes'][second]:.3f}"))
-        table = [tuple(map(shown, row)) for row in table]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        show(results, metadata.classes, args)
     report_bad(bad)
 
 

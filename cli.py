@@ -103,6 +103,13 @@ def gigabytes(text):
     return number
 
 
+def probability(text):
+    number = typed(float)(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:100]} is not a probability, from 0 to 1")
+    return number
+
+
 def positive_int(text):
     return whole_number(text, least=1)
 

@@ -10,17 +10,22 @@ images, from another hospital, say; their classes should be named as the run's a
     … its match      only the one image that the data set names as the query's match is relevant (ENTRep's i2i.json)
 """
 
+import random
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from build import read_run, to_device
 from cache import NO_CACHE
-from cli import Parser, add_run_flags, find_device, print_json, report_bad
+from calibration import CALIBRATION, MOST, Calibration
+from cli import Parser, add_run_flags, file_path, find_device, print_json, report_bad
 from data import load_dataset
 from encoding import encode_images, encode_texts
 from errors import UserError, run_script, shown
+from figures import table
+from files import write_json
 from metrics import (
     FEWEST_GROUPS,
     Shared,
@@ -35,37 +40,57 @@ from metrics import (
     retrieval_intervals,
     retrieval_metrics,
 )
+from parallel import rank
 from prompts import plain_name
+from report import write_report
 from runs import find_run
 from split_file import read_split, trained_images
 from splits import scored_split
 from trust import find_data, find_samples, follow_images
 
 
-def evaluate(
-    model, tokenizer, samples, metadata, device, batch_size, workers, intervals=False, bad=None, cache=NO_CACHE
-):
-    """Classify and search labelled samples → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
-    "precision"}}, "i2i_recall@1", …, "t2i_mrr"}; with captions also "i2i_caption_…" and "t2i_caption_…", with matches
-    "i2i_match_…"; if asked for, "intervals": {figure: [low, high]} of accuracy, macro-F1, and each search's R@1 and MRR
-    (metrics.py).
+class Seen(NamedTuple):
+    """Labelled images, and what a model makes of them, on the CPU."""
 
-    A figure without a query is None: image→image search needs two groups of a class. Images that cannot be read are put
-    into `bad`, {file: why}, and left out; without it they are a UserError.
-    """
+    samples: list
+    labels: torch.Tensor  # (N,) class numbers
+    images: torch.Tensor  # (N, D) fused embeddings
+    logits: torch.Tensor  # (N, C)
+
+
+def see(model, samples, classes, device, batch_size, workers, bad=None, cache=NO_CACHE):
+    """Labelled samples → Seen. Those that cannot be read are put into `bad`, {file: why}, and left out; without it they
+    are a UserError."""
     model.eval()
-    classes = metadata.classes
     files = [sample.image for sample in samples]
-    images = encode_images(model, files, device, batch_size, workers, "evaluating", bad, cache)  # (N, D)
+    images = encode_images(model, files, device, batch_size, workers, "evaluating", bad, cache)
     samples = [sample for sample in samples if sample.image not in (bad or {})]
     if not samples:
         raise UserError(f"none of the {len(files):,} images can be read, {bad[files[0]]}")
-    labels = torch.tensor([classes.index(sample.label) for sample in samples])  # (N,)
+    labels = torch.tensor([classes.index(sample.label) for sample in samples])
     with torch.inference_mode():
-        predictions = model.classify(images.to(device)).argmax(1).cpu()
+        return Seen(samples, labels, images, model.classify(images.to(device)).cpu())
+
+
+def calibrate(model, val, files, device, batch_size, workers, cache=NO_CACHE):
+    """What is Seen of the validation images, and the files that were trained on → Calibration."""
+    some = random.Random(0).sample(files, min(MOST, len(files)))
+    known = encode_images(model, some, device, batch_size, workers, "calibrating", cache=cache)
+    return Calibration.fit(val.logits, val.labels, val.images, known)
+
+
+def evaluate(model, tokenizer, seen, metadata, device, intervals=False):
+    """Classify and search what is Seen → {"accuracy", "macro_f1", "by_class": {class: {"images", "recall",
+    "precision"}}, "confusion": a row for each true class, "i2i_recall@1", …, "t2i_mrr"}; with captions also
+    "i2i_caption_…" and "t2i_caption_…", with matches "i2i_match_…"; if asked for, "intervals": {figure: [low, high]} of
+    accuracy, macro-F1, and each search's R@1 and MRR (metrics.py). A figure without a query is None: image→image search
+    needs two groups of a class.
+    """
+    samples, labels, images, logits = seen
+    classes, predictions = metadata.classes, logits.argmax(1)
     confusion = confusion_matrix(labels, predictions, len(classes))
     results = {"accuracy": accuracy(confusion), "macro_f1": macro_f1(confusion)}
-    results["by_class"] = by_class(confusion, classes)
+    results |= {"by_class": by_class(confusion, classes), "confusion": confusion.tolist()}
 
     # An image's own group (else only itself) is not searched: finding the next frame of the same video proves nothing.
     of_image, of_group = [(s.label,) for s in samples], [(s.group or s.image,) for s in samples]
@@ -124,6 +149,35 @@ def _match_search(samples, images):
     return {"i2i_match": first_relevant_ranks(images[rows], images, match, itself)}
 
 
+def finish(run, splits, model, tokenizer, metadata, state, device, workers, cache, report=True):
+    """The figures of the best model, on the split that counts → metrics, kept and shown. report: calibrate its
+    probabilities, too, and write a report."""
+    # The best round was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
+    split, how = scored_split(splits), (device, metadata.settings.batch_size, workers)
+    seen = see(model, splits[split], metadata.classes, *how, cache=cache)
+    results = evaluate(model, tokenizer, seen, metadata, device, intervals=True)
+    if report:
+        val = seen if split == "val" else see(model, splits["val"], metadata.classes, *how, cache=cache)
+        calibration = calibrate(model, val, [sample.image for sample in splits["train"]], *how, cache)
+        results |= calibration.figures(seen.logits, seen.labels)
+    untrained = {f"zero_shot_{key}": value for key, value in state.zero_shot.items()}
+    metrics = {
+        "split": split,
+        "step": state.best_step,
+        **results,
+        **untrained,
+        "train_seconds": round(state.seconds, 1),
+    }
+    if not rank():
+        write_json(run / "metrics.json", metrics)
+        if report:
+            calibration.save(run / CALIBRATION)
+            write_report(run / "report.html", run, model, tokenizer, metadata, seen, metrics, device)
+    print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
+    print(f"{state.seconds:.0f} s of training; the model is in {shown(run)}", flush=True)
+    return metrics
+
+
 def selection_score(results):
     """What the best model is best in: the mean of the three tasks' figures, as far as the split has them."""
     values = [results[key] for key in ("macro_f1", "i2i_mrr", "t2i_mrr") if results[key] is not None]
@@ -134,57 +188,6 @@ def _numbers(names):
     """Hashable names → (N,) int64: equal ones get the same number."""
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([number[name] for name in names])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing figures
-
-SEARCHES = {
-    "i2i": "image→image",
-    "t2i": "text→image",
-    "i2i_caption": "image→image, same caption",
-    "t2i_caption": "text→image, same caption",
-    "i2i_match": "image→image, its match",
-}
-
-
-def show(figure):
-    return "–" if figure is None else f"{figure:.3f}"
-
-
-def summary(results):
-    """The figures in a line, for the training's log."""
-    parts = [f"accuracy {show(results['accuracy'])}  F1 {show(results['macro_f1'])}"]
-    for key in ("i2i", "t2i"):
-        recalls = "/".join(show(results[f"{key}_recall@{k}"]) for k in (1, 5, 10))
-        parts.append(f"{SEARCHES[key]} R@1/5/10 {recalls}  MRR {show(results[f'{key}_mrr'])}")
-    return "  ".join(parts)
-
-
-def table(results):
-    """The figures as a table: every class, then every search."""
-    width = max(map(len, [*map(shown, results["by_class"]), *SEARCHES.values()]))
-    lines = [f"{'class':{width}}  images  recall  precision"]
-    for name, row in results["by_class"].items():
-        lines.append(f"{shown(name):{width}}  {row['images']:6}  {show(row['recall']):>6}  {show(row['precision']):>9}")
-    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
-        ends = interval_of(results, key)
-        lines.append(f"{name} {show(results[key])}" + (f", 95 % interval {ends}" if ends else ""))
-    known = "intervals" in results
-    heading = f"{'search':{width}}  {'R@1':>6}  {'R@5':>6}  {'R@10':>6}  {'MRR':>6}"
-    lines += ["", heading + "   95 % intervals of R@1 and MRR" * known]
-    for key, name in SEARCHES.items():
-        if f"{key}_mrr" in results:
-            figures = [results[f"{key}_{figure}"] for figure in ("recall@1", "recall@5", "recall@10", "mrr")]
-            ends = [ends for figure in ("recall@1", "mrr") if (ends := interval_of(results, f"{key}_{figure}"))]
-            lines.append(f"{name:{width}}  " + "  ".join(f"{show(figure):>6}" for figure in figures))
-            lines[-1] += f"   {', '.join(ends)}" if ends else ""
-    return "\n".join(lines)
-
-
-def interval_of(results, key):
-    """→ "0.936–0.982", or nothing where there is no interval."""
-    return "–".join(f"{end:.3f}" for end in results.get("intervals", {}).get(key, []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +231,12 @@ def main():
     )
     parser.set_defaults(batch_size=None)
     parser.add_argument("--json", action="store_true", help="print JSON, by the names of metrics.json")
+    parser.add_argument("--report", type=file_path, help="write a report to this .html file, with thumbnails of images")
     args = parser.parse_args()
+    if args.report and (args.report.suffix.lower() != ".html" or not args.report.parent.is_dir()):
+        raise UserError(
+            f"--report cannot write {args.report}; give it a name that ends in .html, in a folder that exists"
+        )
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = read_run(run, args.weights)
     to_device(model.requires_grad_(False), metadata.settings, device)  # as in training, adapters apart
@@ -244,8 +252,12 @@ def main():
         if not {sample.label for sample in samples} <= set(metadata.classes):
             raise UserError(f"{run / 'split.csv'} has other classes than the run; restore a copy, or add --data PATH")
     batch_size, bad = args.batch_size or metadata.settings.batch_size, {}
-    results = evaluate(model, tokenizer, samples, metadata, device, batch_size, args.workers, True, bad)
-    print(shown(f"{run} on the {len(samples) - len(bad):,} images of {name}{note}"), file=sys.stderr)
+    seen = see(model, samples, metadata.classes, device, batch_size, args.workers, bad)
+    results = evaluate(model, tokenizer, seen, metadata, device, intervals=True)
+    results |= Calibration.load(run / CALIBRATION, seen.images.shape[1]).figures(seen.logits, seen.labels)
+    print(shown(f"{run} on the {len(seen.samples):,} images of {name}{note}"), file=sys.stderr)
+    if args.report:
+        write_report(args.report, run, model, tokenizer, metadata, seen, results, device, name)
     if args.json:
         print_json(results)
     else:

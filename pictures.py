@@ -1,4 +1,4 @@
-"""Pictures of results: a contact sheet of what was found, and curves."""
+"""Pictures of results: a contact sheet of what was found, curves, and the charts of a report."""
 
 import colorsys
 import math
@@ -8,7 +8,7 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from errors import shown
+from errors import counted, shown
 from images import load_image, to_rgb
 
 TILE, GAP, CAPTION, COLUMNS = 224, 16, 84, 5
@@ -135,3 +135,69 @@ def curves(panels, x_label, width=400, height=300):
             x = number * width + left + (width - left - right) * (i + 0.5) / len(series)
             text(x, height - 14, name, more=f'fill="{colour}" font-weight="bold"')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts of a report, whose page has the colours of the classes a, b, c, grid, path and fill
+
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 44, 52
+
+
+def line_chart(series, x_label, width=480, height=280):
+    """{name: [(x, y), …]}, up to three of them → SVG."""
+    xs, ys = zip(*(point for points in series.values() for point in points), strict=True)
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 1e9) if max(ys) - min(ys) <= 5 * s)
+    low = math.floor(min(ys) / step)
+    high = max(low + 1, math.ceil(max(ys) / step))
+    at = _scale((min(xs), max(xs)), (low * step, high * step), width, height)
+    y_ticks = [(i * step, f"{i * step:.2f}") for i in range(low, high + 1)]
+    parts = _axes(at, [(x, f"{x:,}") for x in (min(xs), max(xs))], y_ticks, x_label, width, height)
+    left = LEFT
+    for colour, (name, points) in zip("abc", series.items(), strict=False):
+        line = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in points)
+        parts.append(f'<polyline class="path {colour}" points="{line}"/>')
+        parts.append(f'<path class="path {colour}" d="M{left} 16h18"/><text x="{left + 24}" y="20">{name}</text>')
+        left += 44 + 7 * len(name)
+    return _svg(parts, width, height, f"{', '.join(series)} by {x_label}")
+
+
+def reliability_chart(rows, width=480, height=320):
+    """What calibration.reliability gives → SVG: how often the model was right, over what it said."""
+    at, ticks = _scale((0, 1), (0, 1), width, height), [(i / 5, f"{i / 5:.1f}") for i in range(6)]
+    parts = _axes(at, ticks, ticks, "probability of the class that was given", width, height)
+    (x1, y1), (x2, y2) = at(0, 0), at(1, 1)
+    parts.append(f'<path class="path b" stroke-dasharray="5 5" d="M{x1} {y1}L{x2} {y2}"/>')
+    most = max(row["images"] for row in rows)
+    for row in rows:
+        (x, y), half = at(row["probability"], row["accuracy"]), 3 + 9 * (row["images"] / most) ** 0.5
+        words = f"{counted(row['images'], 'image')}: said {row['probability']:.2f}, right {row['accuracy']:.2f}"
+        box = f'x="{x - half:.1f}" y="{y:.1f}" width="{2 * half:.1f}" height="{y1 - y:.1f}"'
+        parts.append(f'<rect class="fill a" {box}><title>{words}</title></rect>')
+    parts.append(f'<text x="{LEFT}" y="20">share that was right; wider bars are of more images</text>')
+    return _svg(parts, width, height, "how often the model was right, by its probability")
+
+
+def _scale(xs, ys, width, height):
+    """The ends of both axes → a function from values to places."""
+
+    def at(x, y):
+        across, up = (x - xs[0]) / (xs[1] - xs[0] or 1), (y - ys[0]) / (ys[1] - ys[0])
+        return LEFT + (width - LEFT - RIGHT) * across, height - BOTTOM - (height - TOP - BOTTOM) * up
+
+    return at
+
+
+def _axes(at, x_ticks, y_ticks, x_label, width, height):
+    """Grid lines and numbers. ticks: (value, what to write)."""
+    parts = []
+    for y, words in y_ticks:
+        place = at(0, y)[1]
+        parts.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{width - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{place + 4:.1f}" text-anchor="end">{words}</text>')
+    for x, words in x_ticks:
+        parts.append(f'<text x="{at(x, 0)[0]:.1f}" y="{height - 34}" text-anchor="middle">{words}</text>')
+    return [*parts, f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">{x_label}</text>']
+
+
+def _svg(parts, width, height, says):
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{says}">{"".join(parts)}</svg>'

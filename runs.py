@@ -36,6 +36,7 @@ from split_file import hash_of, read_split, write_split
 from trust import find_base, find_data, follow_images, remember, remember_images
 
 RUNS = Path("runs")
+OVERVIEW = "overview.txt"  # in a run's folder: what was said of its split
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,11 +118,13 @@ def new_folder(settings):
             continue
 
 
-def record(run, settings, splits, bad):
-    """What a training begins with: where its images and weights are, the split, and {image that was skipped: why}."""
+def record(run, settings, splits, bad, overview):
+    """What a training begins with: where its images and weights are, the split and what is to be said of it, and {image
+    that was skipped: why}."""
     remember(*(path for path in (settings.data, settings.weights) if os.path.isabs(path)))  # others are names
     remember_images(splits, settings.data)
     write_split(run / "split.csv", splits)
+    write_text(run / OVERVIEW, overview + "\n")
     if bad:
         write_text(run / "skipped.txt", "".join(f"{shown(why)}\n" for why in bad.values()))
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,3 +99,14 @@ def trained_images(run):
     """→ the image files that a run was trained on; they need not be there any more."""
     rows = _kept_rows(run) if (run / "split.csv").is_file() else []
     return {Path(row[0]) for row in rows if row[4] == "train"}
+
+
+def count_classes(run):
+    """→ how many images of each class a run has on each side, {split: Counter of labels}, and how many groups, {split:
+    number}."""
+    images, groups = {}, {name: set() for name in ("train", "val", "test")}
+    for image, label, _, group, split, _ in _kept_rows(run) if (run / "split.csv").is_file() else []:
+        images[image] = split, label
+        groups[split] |= {group} - {""}
+    counts = {name: Counter(label for split, label in images.values() if split == name) for name in groups}
+    return counts, {name: len(of_split) for name, of_split in groups.items()}

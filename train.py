@@ -35,13 +35,14 @@ import torch.nn.functional as F
 from augment import augment
 from build import check_model, load_trained, new_model, to_device, trained_parameters
 from cache import open_cache
+from calibration import CALIBRATION
 from checkpoint import read_safetensors
 from cli import Parser, Progress, add_machine_flags, file_path, find_device, name_of, set_threads
 from data import batch_of, captions_of, class_names, training_batches
 from encoding import describe_cut
 from errors import UserError, counted, run_script, shown
-from evaluate import evaluate, selection_score, summary, table
-from files import write_json
+from evaluate import evaluate, finish, see, selection_score
+from figures import summary
 from fusion import slerp_mix
 from images import normalize
 from kernels import contrastive_loss
@@ -145,27 +146,12 @@ def train_round(model, tokenizer, samples, metadata, steps, optimization, device
 # A training
 
 
-def finish(run, state, split, results):
-    """The figures of the best model, on the split that counts → metrics, kept and shown."""
-    untrained = {f"zero_shot_{key}": value for key, value in state.zero_shot.items()}
-    metrics = {
-        "split": split,
-        "step": state.best_step,
-        **results,
-        **untrained,
-        "train_seconds": round(state.seconds, 1),
-    }
-    if not rank():
-        write_json(run / "metrics.json", metrics)
-    print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
-    print(f"{state.seconds:.0f} s of training; the model is in {shown(run)}", flush=True)
-    return metrics
-
-
-def train(run, settings, splits, prompts, device, workers, cache, compiled, saved=None, rounds=ROUNDS, zero_shot=None):
-    """Train a model into the run's folder, or go on with what was Saved there → its metrics. compiled: by
-    torch.compile; rounds: how often val is scored; zero_shot: the untrained model's figures, if they are known."""
-    scored = scored_split(splits)
+def train(
+    run, settings, splits, prompts, device, workers, cache, compiled=False, saved=None, rounds=ROUNDS, known=None
+):
+    """Train a model into the run's folder, or go on with what was Saved there → what `finish` takes: the
+    best model, its tokenizer, its Metadata, State. compiled: by torch.compile; rounds: how often val is scored;
+    known: the untrained model's figures, if they are."""
     model, tokenizer, metadata = new_model(settings, prompts, splits["train"], run)
     to_device(model, settings, device, compiled)
     optimization = Optimization(model, settings, device)
@@ -175,19 +161,21 @@ def train(run, settings, splits, prompts, device, workers, cache, compiled, save
     texts = [text for of_class in prompts.values() for text in of_class] + captions_of(splits["train"])
     print(describe_cut(tokenizer, texts, model.clip.config.context_length), end="")
 
-    def figures(split, **more):
-        how = device, settings.batch_size, workers
-        return evaluate(model, tokenizer, splits[split], metadata, *how, cache=cache, **more)
+    def figures(split):
+        seen = see(model, splits[split], metadata.classes, device, settings.batch_size, workers, cache=cache)
+        return evaluate(model, tokenizer, seen, metadata, device)
 
     if saved:
         state = resume(run, saved, metadata, model, optimization, device)
     else:
-        state = State(zero_shot or figures(scored), hash_of(splits), threads=torch.get_num_threads())
+        scored = scored_split(splits)
+        state = State(known or figures(scored), hash_of(splits), threads=torch.get_num_threads())
         print(f"before training, on {scored}:  {summary(state.zero_shot)}", flush=True)
     copy_from_first(trained_parameters(model).values())
     keep(run, metadata, state, optimization)
     log(run, state.step)
-    (run / "metrics.json").unlink(missing_ok=True)  # of a finished training that is prolonged
+    for name in ("metrics.json", "report.html", CALIBRATION):  # of a finished training that is prolonged
+        (run / name).unlink(missing_ok=True)
     ends = {math.ceil(settings.steps * part / rounds) for part in range(1, rounds + 1)}
     for end in sorted(end for end in ends if end > state.step):
         start, steps = time.monotonic(), range(state.step, end)
@@ -201,10 +189,9 @@ def train(run, settings, splits, prompts, device, workers, cache, compiled, save
             state.best_score, state.best_step = selection_score(results), end
         keep(run, metadata, state, optimization, best)
 
-    # The best round was chosen by val, whose figures are therefore a little too good. Nothing was chosen by test.
     from_first(lambda: None)  # it has written the best model
     load_trained(model, read_safetensors(run / "adapter.safetensors")[0], run)
-    return finish(run, state, scored, figures(scored, intervals=True))
+    return model, tokenizer, metadata, state
 
 
 def begin(args, device):
@@ -223,8 +210,9 @@ def begin(args, device):
     print(describe_seen(settings.weights, splits), end="")
     run = args.run or from_first(lambda: new_folder(settings))
     with claimed(run, new=True):
-        from_first(lambda: record(run, settings, splits, bad))
-        train(run, settings, splits, prompts, device, args.workers, open_cache(run, args.cache_gb), args.compile)
+        from_first(lambda: record(run, settings, splits, bad, overview))
+        how = device, args.workers, open_cache(run, args.cache_gb)
+        finish(run, splits, *train(run, settings, splits, prompts, *how, args.compile), *how)
 
 
 def go_on(args, device):
@@ -234,8 +222,8 @@ def go_on(args, device):
         saved, splits = from_first(lambda: read_saved(run, args.given))
         settings = saved.metadata.settings
         set_threads(args.threads or min(saved.state.threads, os.cpu_count() or 1))
-        how = device, args.workers, open_cache(run, args.cache_gb), args.compile, saved
-        train(run, settings, splits, saved.metadata.prompts, *how)
+        how = device, args.workers, open_cache(run, args.cache_gb)
+        finish(run, splits, *train(run, settings, splits, saved.metadata.prompts, *how, args.compile, saved), *how)
 
 
 def main():

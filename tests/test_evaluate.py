@@ -34,7 +34,8 @@ def test_images_of_the_same_group_are_not_searched(pictures, base):
     metadata = SimpleNamespace(classes=sorted(SHAPES), prompts={name: [name] for name in SHAPES})
 
     def figures(samples):
-        return evaluate.evaluate(model, tokenizer, samples, metadata, torch.device("cpu"), 8, 0)
+        seen = evaluate.see(model, samples, metadata.classes, torch.device("cpu"), 8, 0)
+        return evaluate.evaluate(model, tokenizer, seen, metadata, torch.device("cpu"))
 
     every, one_group = figures(samples), figures([s for s in samples if s.group.endswith("0")])
     assert one_group["i2i_mrr"] is None and one_group["t2i_mrr"] is not None
@@ -53,6 +54,7 @@ def test_images_of_the_same_group_are_not_searched(pictures, base):
     assert every["i2i_mrr"] == pytest.approx(retrieval_metrics(torch.tensor(ranks))["mrr"])
     recalls = [row["recall"] for row in every["by_class"].values()]
     assert every["by_class"].keys() == SHAPES.keys()
+    assert [sum(row) for row in every["confusion"]] == [row["images"] for row in every["by_class"].values()]
     assert sum(recalls) / 3 == pytest.approx(every["accuracy"])  # classes of the same size
 
 
