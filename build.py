@@ -257,6 +257,7 @@ def load_run(run, device, weights=None):
     return model, tokenizer, metadata
 
 
+@torch.inference_mode(False)  # explain.py asks what is made here for gradients
 @torch.no_grad()
 def prepare(model, tower):
     """Before the first use of a tower, visual or text, of a loaded run: merge its adapters, and keep its matrices in

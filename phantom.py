@@ -140,6 +140,11 @@ class Canvas:
         self.height = np.zeros((size, size), np.float32)
         self.spare = np.empty(3 * size * size, np.float32)  # memory to compute in: to ask for it each time is slow
         self.vessels = self._vessels()
+        self.marks = {}  # finding: where it was drawn, (S, S) in 0…1
+
+    def mark(self, finding, distance):
+        """Remember where a finding is drawn that has a place."""
+        self.marks[finding] = np.maximum(self.marks.get(finding, 0), soft(distance))
 
     def noise(self, cells, scale):
         """Smooth noise with `cells` cells across and a standard deviation of about `scale`, (S, S)."""
@@ -236,7 +241,9 @@ def draw_nose(c, rng, found):
     c.bulge(c.line(drop, [0.3 * swell, 0.17 * swell]), 0.2, mix(tissue, c.pale, 0.15), -1.1, 0.55, wet)
     if "polyp" in found:  # smooth, pale and grey, out of the passage below the middle turbinate
         r, x, y = rng.uniform(0.20, 0.25), rng.uniform(-0.08, 0), rng.uniform(0, 0.08)
-        c.bulge(c.ellipse(x, y, r, r * 1.2, 15), r, mix(c.pale, rgb(0.80, 0.83, 0.78), 0.8), -0.6, 0.4)
+        polyp = c.ellipse(x, y, r, r * 1.2, 15)
+        c.bulge(polyp, r, mix(c.pale, rgb(0.80, 0.83, 0.78), 0.8), -0.6, 0.4)
+        c.mark("polyp", polyp)
     floor = 0.8 - c.y + 0.1 * c.x
     c.paint(soft(floor, 0.1), c.mucosa, -0.3 - 0.8 * np.exp(np.minimum(floor, 0) / 0.2))
     # Inferior turbinate: the big sausage low on the lateral side, that comes towards us.
@@ -247,7 +254,8 @@ def draw_nose(c, rng, found):
     edge = rng.uniform(0.20, 0.28) + rng.uniform(-0.1, 0.1) * np.sin(3 * c.y) + 0.06 * c.y
     off_crest = np.abs(c.y - rng.uniform(-0.02, 0.14))
     if "spur" in found:
-        edge = edge - 0.34 * np.exp(-off_crest / 0.11)
+        flat, edge = edge, edge - 0.34 * np.exp(-off_crest / 0.11)
+        c.mark("spur", np.maximum(np.maximum(edge, flat - 0.3) - c.x, np.maximum(c.x - flat - 0.05, off_crest - 0.15)))
     septum = edge - c.x
     mask, depth = soft(septum), -0.15 - 0.95 * np.exp(np.minimum(septum, 0) / 0.25)
     c.paint(mask, mix(c.mucosa, c.pale, 0.25), depth)
@@ -258,6 +266,7 @@ def draw_nose(c, rng, found):
         x, thick = rng.uniform(-0.26, -0.14), rng.uniform(0.07, 0.10)
         strand = c.line([(x - 0.1, -0.12), (x, 0.15), (x + 0.06, 0.45), (x + 0.2, 0.8)], [0.03, thick, 0.07, 0.13])
         c.bulge(strand, 0.08, rgb(0.80, 0.78, 0.40), -0.25, 0.14)
+        c.mark("mucus", strand)
 
 
 def draw_ear(c, rng, found):
@@ -277,6 +286,7 @@ def draw_ear(c, rng, found):
     if "fluid" in found:  # amber up to a level, with a dark meniscus and bubbles
         below = rng.uniform(-0.14, 0) + 0.12 * c.x**2 - c.y
         c.paint(0.85 * soft(below) * inside, rgb(0.85, 0.56, 0.14))
+        c.mark("fluid", np.maximum(below, drum))
         c.paint(0.8 * soft(np.abs(below) - 0.012, 0.02) * inside, rgb(0.30, 0.17, 0.07))
         for x in (-0.4, -0.22):
             bubble = c.ellipse(x + rng.uniform(-0.04, 0.04), rng.uniform(0.12, 0.3), 0.075, 0.075)
@@ -286,6 +296,7 @@ def draw_ear(c, rng, found):
         hole = c.ellipse(rng.uniform(-0.34, -0.28), rng.uniform(0.16, 0.26), r, r * rng.uniform(0.85, 1.15))
         c.paint(soft(hole - 0.03), c.pale)
         c.paint(soft(hole), c.mucosa * 0.5, -2.8)
+        c.mark("hole", hole)
     # Handle of the malleus from the umbo upwards; the short process is the knob at its upper end.
     hour, bone = radians(rng.uniform(20, 34)), rgb(0.93, 0.62, 0.52) if red else rgb(0.93, 0.88, 0.76)
     top = (0.5 * sin(hour), -0.5 * cos(hour))
@@ -302,7 +313,9 @@ def draw_ear(c, rng, found):
         for degrees, out in zip(middle + np.linspace(-26, 26, 5), rng.uniform(0.98, 1.3, 5).tolist(), strict=True):
             x, y, r = rx * out * sin(radians(degrees)), -ry * out * cos(radians(degrees)), rng.uniform(0.1, 0.2)
             amber = mix(rgb(0.72, 0.42, 0.10), rgb(0.45, 0.22, 0.05), rng.uniform())
-            c.bulge(c.ellipse(x, y, r, r * 0.75, rng.uniform(0, 180)), r, amber, -0.35, 0.22)
+            lump = c.ellipse(x, y, r, r * 0.75, rng.uniform(0, 180))
+            c.bulge(lump, r, amber, -0.35, 0.22)
+            c.mark("wax", lump)
 
 
 def draw_larynx(c, rng, found, opening):
@@ -344,15 +357,18 @@ def draw_larynx(c, rng, found, opening):
         for side in (-1, 1):
             knot = c.ellipse(side * max(edge + 0.3 * r, 0.95 * r), y, r, r * 1.1)  # folds that touch meet at the knots
             c.bulge(knot, r, mix(colour, rgb(1.00, 0.84, 0.74), 0.8), -0.55, 0.4)
+            c.mark("nodules", knot)
     if "polyp" in found:
         side, r = rng.choice([-1, 1]).item(), rng.uniform(0.13, 0.16)
         polyp = c.ellipse(side * (edge + 0.25 * r), y + 0.12, r, r * 1.15)
         c.bulge(polyp, r, mix(c.mucosa, rgb(0.85, 0.35, 0.35), 0.5), -0.5, 0.45)
+        c.mark("polyp", polyp)
     if "mucus" in found:  # threads from fold to fold
         lowest, reach = rng.uniform(0.05, 0.45), opening + 0.2
         for y in (lowest, lowest - 0.15):
-            thread = [(-reach, y), (0, y + rng.uniform(0.03, 0.1)), (reach, y - 0.03)]
-            c.bulge(c.line(thread, [0.07, 0.03, 0.07]), 0.05, rgb(0.86, 0.86, 0.55), -0.35, 0.15)
+            thread = c.line([(-reach, y), (0, y + rng.uniform(0.03, 0.1)), (reach, y - 0.03)], [0.07, 0.03, 0.07])
+            c.bulge(thread, 0.05, rgb(0.86, 0.86, 0.55), -0.35, 0.15)
+            c.mark("mucus", thread)
 
 
 def draw_throat(c, rng, found):
@@ -370,6 +386,8 @@ def draw_throat(c, rng, found):
     for side in (-1, 1):  # tonsils, with dark crypts
         tonsil = c.ellipse(side * x, y, rx, ry, 8 * side)
         c.bulge(tonsil, rx, mix(c.mucosa, c.red, 0.3), -0.75, 0.4 if large else 0.25, vessels=0.5)
+        if large:
+            c.mark("large", tonsil)
         for dx, dy in rng.uniform(-0.5, 0.5, (3, 2)).tolist():
             c.paint(0.7 * soft(c.ellipse(side * x + dx * rx, y + dy * ry, 0.022, 0.035)), c.red * 0.4)
     # Uvula: a drop in the midline. The palate with the outer arch, drawn next, covers its root.
@@ -377,6 +395,8 @@ def draw_throat(c, rng, found):
     sway, tip = rng.uniform(-0.05, 0.05), tip + rng.uniform(-0.05, 0.05)
     uvula = c.line([(0, -0.55), (sway / 2, -0.15), (sway, tip)], [0.12, thick * 0.85, thick])
     c.bulge(uvula, thick, mix(c.mucosa, c.red, 0.5 if swollen else 0), -0.7, 0.3, vessels=0.5)
+    if swollen:
+        c.mark("uvula", uvula)
     arch = -c.ellipse(0, 0.5, 0.74, 0.95)
     c.paint(soft(arch), c.mucosa, np.clip(-0.5 - 0.6 * arch, -0.6, 0))
     c.vascular(soft(arch), 0.6)
@@ -386,6 +406,7 @@ def draw_throat(c, rng, found):
                 dx, dy, r = rng.uniform(-0.4, 0.1), dy + rng.uniform(-0.1, 0.1), rng.uniform(0.06, 0.085)
                 patch = c.ellipse(side * (x + dx * rx), y + dy * ry, r, r * rng.uniform(0.7, 1), rng.uniform(0, 180))
                 c.bulge(patch, 0.08, rgb(0.97, 0.95, 0.82), -0.45, 0.08)
+                c.mark("patches", patch)
     # Tongue: a broad hump with a pale, rough coat and a furrow.
     tongue, surface = c.ellipse(0, 1.15, 0.95, rng.uniform(0.5, 0.6)), c.noise(48, 0.008) - 0.1 * soft(np.abs(c.x), 0.2)
     c.bulge(tongue, 0.4, mix(c.mucosa, c.pale, rng.uniform(0.2, 0.7)), surface - 0.4, 0.45)
@@ -398,8 +419,9 @@ COUNT = 1400  # as many as the images ENTRep has to train on
 TEST_START = 1_000_000  # the number of the first test image, far from those of train and public
 
 
-def draw(label, rng, scope="B", size=(320, 240)):
-    """One phantom of a class → (RGB image of `size`, caption). All that is random comes from rng, a NumPy Generator."""
+def draw(label, rng, scope="B", size=(320, 240), places=None):
+    """One phantom of a class → (RGB image of `size`, caption). All that is random comes from rng, a NumPy Generator.
+    places: a dict to be filled with where each finding is that has a place, (height, width) bool."""
     site, side = label.split("-")[0], min(size)
     choices = ["healthy", *FINDINGS[site], *PAIRS[site]]  # healthy is there twice, so twice as frequent as any other
     found = choices[rng.integers(len(choices))].split()
@@ -410,7 +432,12 @@ def draw(label, rng, scope="B", size=(320, 240)):
         {"nose": draw_nose, "ear": draw_ear, "throat": draw_throat}[site](canvas, rng, found)
     canvas.light()
     image = Image.new("RGB", size)
-    image.paste(canvas.record(side), ((size[0] - side) // 2, (size[1] - side) // 2))
+    corner = (size[0] - side) // 2, (size[1] - side) // 2
+    image.paste(canvas.record(side), corner)
+    for finding, mark in canvas.marks.items() if places is not None else ():
+        mask = Image.new("L", size)
+        mask.paste(Image.fromarray(np.uint8(255 * mark)).resize((side, side)), corner)
+        places[finding] = np.asarray(mask) > 127
     return image, ", ".join([SITES[label][0], *(FINDINGS[site][name][0] for name in found)])
 
 

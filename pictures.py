@@ -6,6 +6,7 @@ import re
 import zlib
 from html import escape
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from errors import counted, shown
@@ -83,6 +84,34 @@ def contact_sheet(results, text, image):
         words = fit(draw, "; ".join(result["captions"]) or name, font(15), TILE - 20, lines=2)
         draw.text((x + 10, y + TILE + 40), words, colour, font(15))
     return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heat maps
+
+HEAT = ((0, (0, 0, 4)), (0.25, (87, 16, 110)), (0.5, (188, 55, 84)), (0.75, (249, 142, 9)), (1, (252, 255, 164)))
+
+
+def overlay(square, heat):
+    """What a model saw, a square Pillow image, and its map, (rows, columns) from 0 to 1 → the image in grey, and the
+    map over it in colours from dark to bright."""
+    level = Image.fromarray(np.asarray(heat, np.float32)).resize(square.size, Image.Resampling.BICUBIC)
+    level = np.asarray(level).clip(0, 1)
+    places, colours = zip(*HEAT, strict=True)
+    colour = np.stack([np.interp(level, places, channel) for channel in zip(*colours, strict=True)], axis=-1)
+    grey, share = np.asarray(square.convert("L").convert("RGB"), np.float32), (0.65 * level)[..., None]
+    return Image.fromarray(((1 - share) * grey + share * colour).astype(np.uint8))
+
+
+def explained(square, heat, title):
+    """→ a Pillow image: what the model saw, beside it the map, and above both a title."""
+    side, header = 448, 56
+    picture = Image.new("RGB", (2 * side + 3 * GAP, header + side + GAP), BACKGROUND)
+    draw, square = ImageDraw.Draw(picture), square.resize((side, side), Image.Resampling.BICUBIC)
+    draw.text((GAP, header / 2), fit(draw, title, font(20), picture.width - 2 * GAP), WHITE, font(20), anchor="lm")
+    picture.paste(square, (GAP, header))
+    picture.paste(overlay(square, heat), (2 * GAP + side, header))
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each row may import from its own and from those below it; a script is imported by nobody, with two exceptions.
 LAYERS = [
-    {"train", "evaluate", "classify", "retrieve", "ablate", "weights.download", "weights.export", "docs.figure"},
+    {
+        "train",
+        "evaluate",
+        "classify",
+        "retrieve",
+        "explain",
+        "ablate",
+        "weights.download",
+        "weights.export",
+        "docs.figure",
+    },
     {"runs", "build", "optimization", "settings", "cli", "encoding", "index"}
     | {"calibration", "figures", "pictures", "report"},
     {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
