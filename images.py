@@ -5,6 +5,7 @@ file ─ load_image ─ Pillow image ─ to_square ─ uint8 pixels ─ normaliz
 For training, augment.py stands before the last step.
 """
 
+import io
 import math
 import os
 import threading
@@ -76,13 +77,13 @@ def find_files(folder, wanted):
 
 
 def load_image(path, least=None):
-    """Open an image file, upright by its EXIF orientation, with 8 bits a channel; of several frames the first. Raises
-    UserError.
+    """Open an image file, upright by its EXIF orientation, with 8 bits a channel; of several frames the first. path: of
+    the file, or what was read of one, a BytesIO. Raises UserError.
 
     least: a JPEG may be decoded at a half, a quarter or an eighth of its size, which is faster, as long as both sides
     keep so many pixels."""
     try:
-        if not os.path.isfile(path):  # a pipe may never end
+        if not isinstance(path, io.BytesIO) and not os.path.isfile(path):  # a pipe may never end
             raise ValueError("there is no such file")
         with Image.open(path, formats=IMAGE_FORMATS) as file:
             if file.width * file.height > LARGEST or max(file.size) > LONGEST:  # before they are decoded

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from archive import Archive, mixed, nearest
 from build import load_run
 from checkpoint import save_tensors
 from cli import (
@@ -26,57 +27,22 @@ from cli import (
     report_bad,
     typed,
 )
-from encoding import describe_cut, encode_images, encode_texts
+from encoding import describe_cut, encode_texts
 from entrep import find_queries, name_images, read_queries, zip_submission
 from errors import UserError, run_script, shown
 from files import whole
 from images import IMAGE_SUFFIXES, load_image
 from index import index_images
-from kernels import slerp, top_k
 from pictures import contact_sheet
-from runs import find_run
+from runs import find_run, finished
+from serve import Site, describe, serve
 from trust import find_samples
-
-
-def embed_query(model, tokenizer, text, image, mix, device):
-    """A text, an image file or both → (1, embed_dim). Both are joined on the great circle between them: mix 0 is the
-    image alone, 1 the text alone."""
-    texts = encode_texts(model, tokenizer, [text], device) if text else None
-    images = encode_images(model, [image], device, 1, 0) if image else None
-    if text and image:
-        return slerp(images, texts, mix)
-    return texts if text else images
-
-
-def _nearest(queries, gallery, count):
-    """As kernels.top_k. What is not a number ranks first, so that it cannot hide."""
-    scores, found = top_k(queries, gallery, count, unit_rows=True)
-    if not scores.isfinite().all():
-        raise UserError(
-            "an embedding is not a number, the index is damaged; delete the index files in the run's folder"
-        )
-    return scores, found
-
-
-def search(model, classes, samples, gallery, query, top):
-    """The images most similar to the query → a dict each, best first: rank, score (the cosine), image, class (None
-    where unknown), predicted class, captions."""
-    scores, indices = _nearest(query, gallery, top)
-    found = gallery[indices[0]].float().to(next(model.parameters()).device)
-    with torch.inference_mode():
-        predicted = model.classify(found).argmax(1).tolist()
-    results = []
-    for score, i, p in zip(scores[0].tolist(), indices[0].tolist(), predicted, strict=True):
-        sample = samples[i]
-        result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
-        results.append(result | {"class": sample.label, "predicted": classes[p], "captions": sample.captions})
-    return results
 
 
 def answer_texts(queries, model, tokenizer, files, gallery, device):
     """Texts, image files and their (N, D) unit embeddings → {text: name of the most similar image}."""
     print(describe_cut(tokenizer, queries, model.clip.config.context_length), end="", file=sys.stderr)
-    _, found = _nearest(encode_texts(model, tokenizer, queries, device), gallery, 1)
+    _, found = nearest(encode_texts(model, tokenizer, queries, device), gallery, 1)
     return {query: files[i].name for query, i in zip(queries, found[:, 0].tolist(), strict=True)}
 
 
@@ -89,7 +55,7 @@ def answer_images(asked, files, gallery):
     place = {image: i for i, image in enumerate(files)}
     queries = [query for query, image in asked.items() if image in place]
     own = torch.tensor([place[asked[query]] for query in queries], dtype=torch.int64)
-    _, found = _nearest(gallery[own], gallery, 2)
+    _, found = nearest(gallery[own], gallery, 2)
     found = torch.where(found[:, 0] == own, found[:, 1], found[:, 0])
     return {query: files[i].name for query, i in zip(queries, found.tolist(), strict=True)}
 
@@ -121,7 +87,7 @@ def show(results, text, args):
                 temporary, Image.registered_extensions()[args.sheet.suffix.lower()]
             )
     if args.json:
-        print_json(results)
+        print_json([{key: value for key, value in r.items() if key != "row"} for r in results])
     else:
         print_table(results)
 
@@ -148,11 +114,17 @@ def parse_arguments():
         "--embeddings", type=file_path, help="write all images' paths and unit embeddings to this .npz or .safetensors"
     )
     parser.add_argument("--index-only", action="store_true", help="encode the images for later searches, and end")
+    parser.add_argument("--serve", action="store_true", help="search in a page, for this machine alone, until Ctrl-C")
+    parser.add_argument("--open", action="store_true", help="with --serve: show the page in the browser")
     add_query_flags(parser, "i2i.csv or t2i.csv gives {query: image}, from the images of --data")
     args = parser.parse_args()
     check_query_flags(args, "text", "image", "sheet")
     args.text = args.text and args.text.strip()
-    args.asks = not (args.text or args.image or args.queries or args.embeddings or args.index_only)
+    args.asks = not (args.text or args.image or args.queries or args.embeddings or args.index_only or args.serve)
+    if args.serve and (args.text or args.image or args.queries or args.index_only or args.sheet or args.json):
+        raise UserError("--serve takes its questions from the page; leave out the other ones")
+    if args.open and not args.serve:
+        raise UserError("--open has no effect without --serve; leave it out")
     if args.index_only and (args.text or args.image or args.queries or args.embeddings):
         raise UserError("--index-only ends before any query; leave it out, or the others")
     if args.asks and not sys.stdin.isatty():
@@ -207,13 +179,16 @@ def main():
         print_json(answers)
         if args.zip:
             zip_submission(answers, args.queries.stem, args.zip)
-    if args.text or args.image or args.asks:
+    if args.text or args.image or args.asks or args.serve:
         print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
     texts = [args.text] if args.text or args.image else ask() if args.asks else []
+    archive = Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device)
+    if args.serve:
+        serve(Site(archive, describe(run, metadata, len(files), finished(run))), args.open)
     for text in texts:
         print(describe_cut(tokenizer, [text or ""], model.clip.config.context_length), end="", file=sys.stderr)
-        query = embed_query(model, tokenizer, text, args.image, args.mix, device)
-        show(search(model, metadata.classes, [samples[file] for file in files], gallery, query, args.top), text, args)
+        of_text, of_image = text and archive.of_text(text), args.image and archive.of_image(args.image)
+        show(archive.search(mixed(of_text, of_image, args.mix), args.top), text, args)
     report_bad(bad)
 
 

@@ -23,7 +23,7 @@ LAYERS = [
         "docs.figure",
     },
     {"runs", "build", "optimization", "settings", "cli", "encoding", "index"}
-    | {"calibration", "figures", "pictures", "report"},
+    | {"archive", "calibration", "explain", "figures", "pictures", "report", "serve"},
     {"fusion", "lora", "data", "splits", "split_file", "trust", "entrep", "checkpoint", "clip_config", "peft_format"},
     {"model", "tokenizer", "prompts", "images", "augment", "cache", "sides", "kernels", "metrics", "phantom"},
     {"files", "errors", "parallel"},

@@ -1,0 +1,261 @@
+"""A page to search by, for this machine alone: python retrieve.py --serve
+
+Python's own http.server gives a browser page.html, and answers what that asks for:
+
+    GET  /                the page                       POST /search   JSON in and out: {"text", "image", "mix", …}
+    GET  /about           what is searched, and by what  POST /upload   an image → {"image": its name}
+    GET  /image/7         image 7 as a JPEG, whatever    GET  /heat/7?query=3
+                          it is; /thumb/7 a small one                   where the model looked, for query 3
+
+Other pages that the browser has open, and other machines, must not reach it. It listens on 127.0.0.1 only. It answers
+only if the request's Host is that address: a foreign name that is made to mean 127.0.0.1 (*DNS rebinding*) shows there.
+It refuses what another page sends, which shows in Origin and Sec-Fetch-Site. Images are asked for by number, never by
+path, and leave as JPEGs made here. What is uploaded is bounded, decoded as an image, kept in memory and forgotten. It
+writes no file.
+"""
+
+import io
+import json
+import sys
+import threading
+import time
+import webbrowser
+from collections import OrderedDict
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import torch
+
+from archive import mixed
+from errors import UserError, reason
+from explain import explain
+from files import parse_json
+from images import load_image, to_rgb
+from pictures import overlay
+
+PAGE = Path(__file__).with_name("page.html")
+LARGEST_UPLOAD, LONGEST_QUESTION, REMEMBERED, MOST_FOUND = 20_000_000, 10_000, 50, 100
+THUMB, WHOLE = 320, 1600  # pixels
+RULES = (  # what the page may load: itself, and images of this server
+    "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Refused(Exception):
+    """A request that is not answered, with its status and why."""
+
+    def __init__(self, status, why):
+        super().__init__(why)
+        self.status = status
+
+
+class Site:
+    """What the page asks for. One question at a time uses the model."""
+
+    def __init__(self, archive, about):
+        self.archive, self.about, self.lock = archive, about, threading.Lock()
+        self.uploads, self.queries, self.count = OrderedDict(), OrderedDict(), 0
+        labels = [sample.label for sample in archive.samples]
+        self.rows = {name: torch.tensor([i for i, label in enumerate(labels) if label == name]) for name in set(labels)}
+
+    def _remember(self, where, value):
+        """→ the name of the value, which is forgotten when so many others have come."""
+        self.count += 1
+        where[str(self.count)] = value
+        while len(where) > REMEMBERED:
+            where.popitem(last=False)
+        return str(self.count)
+
+    def upload(self, content):
+        try:
+            embedding = self.archive.of_image(io.BytesIO(content))
+        except UserError:
+            raise Refused(HTTPStatus.BAD_REQUEST, "this is no image that can be read: JPEG, PNG, TIFF, …") from None
+        return {"image": self._remember(self.uploads, embedding)}
+
+    def search(self, asked):
+        """{"text", "image": an upload's name, "like": the number of an image, "mix", "class", "top"}, all optional."""
+        words, own = str(asked.get("text") or "").strip()[:LONGEST_QUESTION], None
+        text = self.archive.of_text(words) if words else None
+        image = None
+        if asked.get("like") is not None:
+            own = self.number(asked["like"])
+            image = self.archive.gallery[own : own + 1].float()
+        elif asked.get("image") is not None:
+            image = self.uploads.get(str(asked["image"]))
+            if image is None:
+                raise Refused(HTTPStatus.GONE, "the image is forgotten; choose it again")
+        if text is None and image is None:
+            raise Refused(HTTPStatus.BAD_REQUEST, "type something to look for, or choose an image")
+        mix, top = asked.get("mix", 0.5), asked.get("top", 20)
+        if not isinstance(mix, (int, float)) or not 0 <= mix <= 1 or not isinstance(top, int) or top < 1:
+            raise Refused(HTTPStatus.BAD_REQUEST, "mix is a number from 0 to 1, top a whole number")
+        query, rows = mixed(text, image, mix), self.rows.get(asked.get("class")) if asked.get("class") else None
+        if asked.get("class") and rows is None:
+            raise Refused(HTTPStatus.BAD_REQUEST, "there is no such class")
+        found = self.archive.search(query, min(top, MOST_FOUND) + (own is not None), rows)
+        cards = [
+            {"number": r["row"], "name": Path(r["image"]).name}
+            | {k: r[k] for k in ("score", "class", "predicted", "captions")}
+            for r in found
+            if r["row"] != own
+        ]
+        return {"query": self._remember(self.queries, query), "found": cards[: min(top, MOST_FOUND)]}
+
+    def number(self, text):
+        """→ the row of an image."""
+        digits = str(text)
+        if not (
+            digits.isascii() and digits.isdecimal() and len(digits) < 12 and int(digits) < len(self.archive.samples)
+        ):
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such image")
+        return int(digits)
+
+    def picture(self, number, side):
+        file = self.archive.samples[self.number(number)].image
+        image = to_rgb(load_image(file, side))
+        image.thumbnail((side, side))
+        return _jpeg(image)
+
+    def heat(self, number, query):
+        if query not in self.queries:
+            raise Refused(HTTPStatus.GONE, "the question is forgotten; ask it again")
+        file = self.archive.samples[self.number(number)].image
+        ((square, heat),) = explain(self.archive.model, [file], self.queries[query][0], self.archive.device)
+        return _jpeg(overlay(square.resize((THUMB, THUMB)), heat))
+
+
+def _jpeg(image):
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=88)
+    return content.getvalue()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server_version, sys_version, protocol_version, timeout = "retrieve", "", "HTTP/1.1", 30
+
+    def do_GET(self):
+        self._answer(self._get)
+
+    def do_POST(self):
+        self._answer(self._post)
+
+    def _get(self):
+        address, site = urlsplit(self.path), self.server.site
+        kind, _, name = address.path.strip("/").partition("/")
+        if address.path == "/":
+            return "text/html; charset=utf-8", PAGE.read_bytes()
+        if address.path == "/about":
+            return _json(site.about)
+        if kind in ("image", "thumb"):
+            return "image/jpeg", site.picture(name, WHOLE if kind == "image" else THUMB)
+        if kind == "heat":
+            with site.lock:
+                return "image/jpeg", site.heat(name, parse_qs(address.query).get("query", [""])[0])
+        raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+
+    def _post(self):
+        site, most = self.server.site, {"/upload": LARGEST_UPLOAD, "/search": 10 * LONGEST_QUESTION}.get(self.path)
+        if most is None:
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+        content = self._body(most)
+        if self.path == "/upload":
+            with site.lock:
+                return _json(site.upload(content))
+        try:
+            asked = parse_json(content.decode("utf-8"))
+        except ValueError:
+            asked = None
+        if not isinstance(asked, dict):
+            raise Refused(HTTPStatus.BAD_REQUEST, "this is no JSON object")
+        with site.lock:
+            return _json(site.search(asked))
+
+    def _body(self, most):
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdecimal()):
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the length is missing")
+        if len(length) > 12 or int(length) > most:
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {most / 1e6:g} MB are not taken")
+        content = self.rfile.read(int(length))
+        if len(content) < int(length):
+            raise ConnectionError
+        return content
+
+    def _check_sender(self):
+        """Raise Refused where the request is not from our own page."""
+        port = self.server.server_address[1]
+        hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+        if self.headers.get_all("Host") not in ([host] for host in hosts):
+            raise Refused(HTTPStatus.FORBIDDEN, "this page is for this machine alone")
+        origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        foreign = site not in ("same-origin", "none") or (origin and origin not in [f"http://{host}" for host in hosts])
+        if foreign:
+            raise Refused(HTTPStatus.FORBIDDEN, "another page may not ask this")
+
+    def _answer(self, work):
+        status, kind = HTTPStatus.OK, "application/json"
+        try:
+            self._check_sender()
+            kind, content = work()
+        except Refused as problem:
+            status, (kind, content) = problem.status, _json({"error": str(problem)})
+        except UserError as problem:
+            status, (kind, content) = HTTPStatus.INTERNAL_SERVER_ERROR, _json({"error": str(problem)})
+        except (ConnectionError, TimeoutError):  # the browser has left
+            self.close_connection = True
+            return
+        if status != HTTPStatus.OK:
+            self.close_connection = True  # there may be more to come, which nobody will read
+        try:
+            self.send_response(status)
+            headers = {"Content-Type": kind, "Content-Length": len(content), "Cache-Control": "no-store"}
+            headers |= {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": RULES}
+            headers |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
+            headers |= {"Connection": "close"} if self.close_connection else {}
+            for name, value in headers.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(content)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def log_message(self, *_):
+        """Be silent."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128
+
+    def handle_error(self, request, address):
+        problem = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
+        if not isinstance(problem, (ConnectionError, TimeoutError)):
+            print(f"note: a request was not answered ({reason(problem)})", file=sys.stderr)
+
+
+def _json(value):
+    return "application/json", json.dumps(value).encode()
+
+
+def serve(site, open_page):
+    """Answer until Ctrl-C. open_page: show it in the user's browser."""
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.site = site
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        print(f"search at {address}, until Ctrl-C", flush=True)
+        if open_page:
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        server.serve_forever()
+
+
+def describe(run, metadata, count, metrics):
+    """What stands above every answer: the run, its classes, the number of images, figures, its date."""
+    figures = {}
+    if metrics:
+        names = {"accuracy": "accuracy", "i2i_mrr": "image→image MRR", "t2i_mrr": "text→image MRR"}
+        figures = {name: round(metrics[key], 3) for key, name in names.items() if metrics.get(key) is not None}
+    date = time.strftime("%Y-%m-%d", time.localtime((run / "adapter.safetensors").stat().st_mtime))
+    return {"run": run.name, "classes": metadata.classes, "images": count, "figures": figures, "date": date}
