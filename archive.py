@@ -2,6 +2,7 @@
 
 import torch
 
+from calibration import Calibration
 from encoding import encode_images, encode_texts
 from errors import UserError
 from kernels import slerp, top_k
@@ -20,8 +21,9 @@ def nearest(queries, gallery, count):
 class Archive:
     """A run's model, and samples with their (N, D) unit embeddings, rows of the same order."""
 
-    def __init__(self, model, tokenizer, metadata, samples, gallery, device):
+    def __init__(self, model, tokenizer, metadata, samples, gallery, device, calibration=None):
         self.model, self.tokenizer, self.metadata, self.device = model, tokenizer, metadata, device
+        self.calibration = calibration or Calibration()
         self.samples, self.gallery = samples, gallery
 
     def of_text(self, text):
@@ -34,20 +36,20 @@ class Archive:
 
     def search(self, query, top, rows=None):
         """The images most similar to the query, (1, D) → a dict each, best first: rank, score (the cosine), image,
-        class (None where unknown), predicted class, captions, and row, that of the gallery. rows: (M,), which of them
-        are searched; without it all are."""
+        class (None where unknown), predicted class and its probability, captions, group, and row, that of the gallery.
+        rows: (M,), which of them are searched; without it all are."""
         gallery = self.gallery if rows is None else self.gallery[rows]
         scores, indices = nearest(query, gallery, top)
         indices = indices[0] if rows is None else rows[indices[0]]
         found = self.gallery[indices].float().to(self.device)
         with torch.inference_mode():
-            predicted = self.model.classify(found).argmax(1).tolist()
+            sure, predicted = self.calibration.probabilities(self.model.classify(found).cpu()).max(1)
         results = []
-        for score, i, p in zip(scores[0].tolist(), indices.tolist(), predicted, strict=True):
-            sample, name = self.samples[i], self.metadata.classes[p]
+        for score, i, p, c in zip(scores[0].tolist(), indices.tolist(), sure.tolist(), predicted.tolist(), strict=True):
+            sample = self.samples[i]
             result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
-            result |= {"class": sample.label, "predicted": name, "captions": sample.captions, "row": i}
-            results.append(result)
+            result |= {"class": sample.label, "predicted": self.metadata.classes[c], "probability": round(p, 4)}
+            results.append(result | {"captions": sample.captions, "group": sample.group, "row": i})
         return results
 
 

@@ -12,6 +12,7 @@ from cli import (
     add_query_flags,
     add_run_flags,
     check_query_flags,
+    check_sheet,
     file_path,
     find_device,
     print_json,
@@ -21,7 +22,9 @@ from cli import (
 from encoding import encode_images
 from entrep import class_numbers, find_queries, read_queries, zip_submission
 from errors import UserError, run_script, shown
+from explain import add_heat
 from images import find_images
+from pictures import write_sheets
 from runs import find_run
 from trust import find_samples
 
@@ -46,6 +49,17 @@ def classify(model, classes, files, device, batch_size, workers, calibration, un
         result["familiarity"] = None if familiar is None else round(familiar[number].item(), 4)
         results.append(result | {"classes": probabilities})
     return results, bad
+
+
+def draw(results, model, metadata, device, args, run):
+    """Write contact sheets of the results."""
+    cards = [{**r, "predicted": r["class"], "class": None} for r in results]
+    if args.explain:
+        classes = [max(r["classes"], key=r["classes"].get) for r in results]
+        directions = model.head.detach()[[metadata.classes.index(name) for name in classes]]
+        cards = add_heat(cards, model, directions, device)
+    said = f"{len(results):,} images by run {run.name}"
+    write_sheets(args.sheet, cards, metadata.classes, "classified", said, model.clip.config.preprocessing.frame)
 
 
 def show(results, classes, args):
@@ -83,9 +97,12 @@ def main():
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
     form.add_argument("--csv", action="store_true", help="print CSV, with the probability of every class")
+    parser.add_argument("--sheet", type=file_path, help="draw the images and their classes into this image file")
+    parser.add_argument("--explain", action="store_true", help="with --sheet: show where the model looked")
     add_query_flags(parser, "cls.csv gives {image: class number}, for the images of --data")
     args = parser.parse_args()
-    check_query_flags(args, "images", "csv", "unsure")
+    check_query_flags(args, "images", "csv", "unsure", "sheet")
+    check_sheet(args)
     if args.images and args.data:
         raise UserError("--data has no effect where images are named; leave one of them out")
     queries = read_queries(args.queries) if args.queries else []
@@ -108,6 +125,8 @@ def main():
     results, bad = classify(model, metadata.classes, files, *how)
     print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
+    if args.sheet:
+        draw(results, model, metadata, device, args, run)
     if queries:
         found = {r["image"]: r["class"] for r in results}
         answers = {query: number[found[str(file)]] for query, file in asked.items() if str(file) in found}

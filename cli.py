@@ -12,6 +12,7 @@ import torch
 
 import parallel
 from errors import UserError, counted, shown
+from images import IMAGE_SUFFIXES
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -161,6 +162,16 @@ def check_query_flags(args, *others):
         raise UserError(f"--{idle[0]} has no effect with --queries; leave one of them out")
 
 
+def check_sheet(args):
+    """Raise UserError where --sheet cannot be written, or --explain has no effect."""
+    if args.explain and not args.sheet:
+        raise UserError("--explain has no effect without --sheet; explain.py shows a single image")
+    if args.sheet and args.sheet.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"--sheet cannot write {args.sheet}; give it a name that ends in .png or .jpg")
+    if args.sheet and not args.sheet.parent.is_dir():
+        raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to; make it first")
+
+
 def print_json(value):
     """In UTF-8, but for what a terminal would obey."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -237,22 +248,22 @@ def name_of(dtype):
 
 
 class Progress:
-    """Until all is done, at most one line a second: progress, images or steps per second, time left; on a terminal, in
-    place."""
+    """Until all is done: progress, images or steps per second, time left; on a terminal in place every second, in a log
+    a line every ten."""
 
-    def __init__(self, total, file=None, unit="images"):
-        self.total, self.file, self.unit, self.start = total, file or sys.stdout, unit, time.monotonic()
-        self.last = self.start
+    def __init__(self, total, file=None, unit="images", first=0):
+        """first: so many were done before."""
+        self.total, self.file, self.unit, self.first = total, file or sys.stdout, unit, first
+        self.start = self.last = time.monotonic()
 
     def __call__(self, done, text, loss=None):
         """loss: a scalar tensor; its value is fetched from a GPU only when a line is printed."""
-        now = time.monotonic()
-        if now - self.last < 1 or done == self.total or parallel.rank():
+        now, tty = time.monotonic(), self.file.isatty()
+        if now - self.last < (1 if tty else 10) or done == self.total or parallel.rank():
             return
         self.last = now
-        rate = done / (now - self.start)
+        rate = (done - self.first) / (now - self.start)
         left = round((self.total - done) / rate)
         text += "" if loss is None else f"  loss {loss:.3f}"
         line = f"{text}  {done / self.total:4.0%}  {rate:.1f} {self.unit}/s  {left // 60}:{left % 60:02} left"
-        tty = self.file.isatty()
         print(f"\r{line}\x1b[K" if tty else line, end="\r" if tty else "\n", file=self.file, flush=True)

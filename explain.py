@@ -30,7 +30,7 @@ from encoding import encode_images, encode_texts
 from errors import UserError, run_script, shown
 from files import whole
 from images import IMAGE_SUFFIXES, load_image, normalize, to_square
-from pictures import explained
+from pictures import TILE, explained, overlay
 from runs import find_run
 
 
@@ -88,6 +88,13 @@ def explain(model, files, direction, device, batch_size=16):
         maps = relevance(model, pixels, direction[first : first + batch_size]).cpu()
         pairs += [(Image.fromarray(square), each) for square, each in zip(squares, maps, strict=True)]
     return pairs
+
+
+def add_heat(cards, model, direction, device):
+    """Cards of a contact sheet (pictures.py) → the same, each with its map as "heat". direction: as in `explain`."""
+    pairs = explain(model, [card["image"] for card in cards], direction, device)
+    maps = [overlay(square.resize((TILE, TILE)), heat) for square, heat in pairs]
+    return [{**card, "heat": heat} for card, heat in zip(cards, maps, strict=True)]
 
 
 def main():

@@ -3,17 +3,19 @@
 import colorsys
 import math
 import re
-import zlib
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from errors import counted, shown
+from files import whole
 from images import load_image, to_rgb
 
-TILE, GAP, CAPTION, COLUMNS = 224, 16, 84, 5
-BACKGROUND, CARD, WHITE, GREY = "#121417", "#1d2026", "#f2f2f2", "#9aa0a8"
+TILE, GAP, CAPTION, COLUMNS, PAGE = 224, 16, 142, 5, 50
+BACKGROUND, CARD, WHITE, GREY, ALARM = "#121417", "#1d2026", "#f2f2f2", "#9aa0a8", "#ff8a80"
+SHAPES = ((0, 0), (4, 0), (3, 0), (4, 45), (6, 0), (3, 180), (5, 0))  # (sides, rotation); 0 sides: a disk
 
 
 def font(size):
@@ -40,50 +42,87 @@ def fit(draw, text, face, width, lines=1):
     return "\n".join(fitted)
 
 
-def class_colour(name):
-    """The same colour for the same class on every sheet."""
-    r, g, b = colorsys.hls_to_rgb(zlib.crc32(name.encode()) % 360 / 360, 0.6, 0.65)
-    return (round(255 * r), round(255 * g), round(255 * b))
+def class_look(name, classes):
+    """→ a colour and a shape for a class, (sides, rotation in degrees), 0 sides: a disk. The colours are spaced over
+    the run's classes, from yellow to purple: red would look like an alarm."""
+    place = classes.index(name) if name in classes else len(classes)
+    hue = (45 + 270 * place / max(1, len(classes))) / 360
+    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.65, 0.65)), SHAPES[place % len(SHAPES)]
 
 
-def thumbnail(file):
+def thumbnail(file, frame=None):
+    """An image file → a square of TILE pixels that shows all of it. frame "crop": a line around what the model sees."""
     image = to_rgb(load_image(file))
     scale = TILE / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]  # a thread of an image has at least one pixel
-    return ImageOps.pad(image.resize(size, Image.Resampling.LANCZOS), (TILE, TILE), color="black")
+    tile = ImageOps.pad(image.resize(size, Image.Resampling.LANCZOS), (TILE, TILE), color="black")
+    if frame == "crop" and min(size) < max(size):
+        half = min(size) / 2
+        ends = TILE / 2 - half, TILE / 2 + half - 1
+        ImageDraw.Draw(tile).rectangle((ends[0], ends[0], ends[1], ends[1]), outline=GREY)
+    return tile
 
 
-def contact_sheet(results, text, image):
-    """Results of a search, and its query → a Pillow image: a card for each, with rank, score, and caption or class."""
-    columns = min(COLUMNS, len(results))
-    rows = -(-len(results) // columns)
-    columns = max(columns, 3)  # room for the query
-    header = TILE // 2 + 2 * GAP if image else 76
-    width = GAP + columns * (TILE + GAP)
-    sheet = Image.new("RGB", (width, header + rows * (TILE + CAPTION + GAP)), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
+def contact_sheets(cards, classes, title, said, frame=None):
+    """Yield pages, Pillow images, of 50 cards each.
 
-    left = GAP
-    if image:
-        sheet.paste(thumbnail(image).resize((TILE // 2, TILE // 2), Image.Resampling.LANCZOS), (left, GAP))
-        left += TILE // 2 + GAP
-    title = " + ".join([f"“{text}”"] * bool(text) + [image.name if image else ""] * bool(image))
-    draw.text((left, header / 2 - 14), fit(draw, title, font(24), width - left - GAP), WHITE, font(24), anchor="lm")
-    draw.text((left, header / 2 + 16), f"the {len(results)} nearest images, by cosine", GREY, font(14), anchor="lm")
+    A card is a dict: "image", a file, and, as far as known, "rank", "score", "class", what it is, "predicted" and
+    "probability", what the model says, "captions", "group", "heat", an image to show instead of it, and "query": it is
+    what was asked by. said: a line below the title; frame: of images.FRAMES."""
+    pages = [cards[first : first + PAGE] for first in range(0, len(cards), PAGE)]
+    for number, page in enumerate(pages, start=1):
+        columns = max(3, min(COLUMNS, len(page)))  # room for the title
+        rows, header, width = -(-len(page) // columns), 76, GAP + columns * (TILE + GAP)
+        sheet = Image.new("RGB", (width, header + rows * (TILE + CAPTION + GAP)), BACKGROUND)
+        draw = ImageDraw.Draw(sheet)
+        more = f", page {number} of {len(pages)}" if len(pages) > 1 else ""
+        for y, text, size, colour in ((24, title, 24, WHITE), (54, f"{said}{more}; not a medical device", 14, GREY)):
+            draw.text((GAP, y), fit(draw, text, font(size), width - 2 * GAP), colour, font(size), anchor="lm")
+        for i, card in enumerate(page):
+            corner = GAP + i % columns * (TILE + GAP), header + i // columns * (TILE + CAPTION + GAP)
+            _draw_card(sheet, draw, *corner, card, classes, frame)
+        yield sheet
 
-    for i, result in enumerate(results):
-        x, y = GAP + i % columns * (TILE + GAP), header + i // columns * (TILE + CAPTION + GAP)
-        draw.rectangle((x, y, x + TILE - 1, y + TILE + CAPTION - 1), CARD)
-        sheet.paste(thumbnail(result["image"]), (x, y))
-        name = re.sub("[_-]+", " ", result["class"] or result["predicted"])
-        colour = class_colour(name)
-        draw.rectangle((x, y + TILE, x + max(0, round((TILE - 1) * result["score"])), y + TILE + 4), colour)
-        draw.text((x + 10, y + TILE + 22), f"{result['rank']}", WHITE, font(18), anchor="lm")
-        draw.text((x + TILE - 10, y + TILE + 22), f"{result['score']:.3f}", WHITE, font(16), anchor="rm")
-        name += "?" * (result["class"] is None)  # no label, but a prediction
-        words = fit(draw, "; ".join(result["captions"]) or name, font(15), TILE - 20, lines=2)
-        draw.text((x + 10, y + TILE + 40), words, colour, font(15))
-    return sheet
+
+def _draw_card(sheet, draw, x, y, card, classes, frame):
+    label, predicted = card.get("class"), card.get("predicted")
+    name = label or predicted
+    colour, (sides, rotation) = class_look(name, classes)
+    draw.rectangle((x, y, x + TILE - 1, y + TILE + CAPTION - 1), CARD)
+    sheet.paste(card.get("heat") or thumbnail(card["image"], frame), (x, y))
+    if card.get("query"):
+        draw.rectangle((x, y, x + TILE - 1, y + TILE + CAPTION - 1), outline=WHITE, width=3)
+    else:
+        draw.rectangle((x, y + TILE, x + TILE - 1, y + TILE + 4), colour)
+    lines = [("the query" if card.get("query") else str(card.get("rank") or ""), WHITE, 17)]
+    if name:
+        middle = (x + 17, y + TILE + 45)
+        if sides:
+            draw.regular_polygon((*middle, 8), sides, rotation, fill=colour)
+        else:
+            draw.ellipse((middle[0] - 7, middle[1] - 7, middle[0] + 7, middle[1] + 7), fill=colour)
+        plain = [re.sub("[_-]+", " ", each or "") for each in (label, predicted)]
+        sure = "" if card.get("probability") is None else f" {card['probability']:.2f}"
+        agree = label in (None, predicted)
+        said = f"the model agrees,{sure}" if label and agree else f"the model says {plain[1]},{sure}"
+        lines += [(plain[0] or plain[1], colour, 16), (said, GREY if agree else ALARM, 13)]
+    for row, (text, tint, size) in enumerate(lines):
+        left, middle = x + (10, 34, 10)[row], y + TILE + (20, 45, 68)[row]
+        draw.text((left, middle), fit(draw, text, font(size), x + TILE - 10 - left), tint, font(size), anchor="lm")
+    if card.get("score") is not None:
+        draw.text((x + TILE - 10, y + TILE + 20), f"{card['score']:.3f}", WHITE, font(16), anchor="rm")
+    words = "; ".join(card.get("captions") or ())
+    draw.text((x + 10, y + TILE + 82), fit(draw, words, font(13), TILE - 20, lines=2), WHITE, font(13))
+    file = Path(card["image"]).name + (f", {card['group']}" if card.get("group") else "")
+    draw.text((x + 10, y + TILE + CAPTION - 14), fit(draw, file, font(12), TILE - 20), GREY, font(12), anchor="lm")
+
+
+def write_sheets(file, *sheet, **more):
+    """`contact_sheets` → image files: FILE, FILE-2, …"""
+    kind = Image.registered_extensions()[file.suffix.lower()]
+    for number, page in enumerate(contact_sheets(*sheet, **more), start=1):
+        with whole(file if number == 1 else file.with_stem(f"{file.stem}-{number}")) as temporary:
+            page.save(temporary, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

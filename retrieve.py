@@ -4,22 +4,24 @@ Without any of these it asks for texts, one after another, until an empty line.
 """
 
 import contextlib
+import csv
 import json
 import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from archive import Archive, mixed, nearest
 from build import load_run
+from calibration import CALIBRATION, Calibration
 from checkpoint import save_tensors
 from cli import (
     Parser,
     add_query_flags,
     add_run_flags,
     check_query_flags,
+    check_sheet,
     file_path,
     find_device,
     positive_int,
@@ -30,10 +32,11 @@ from cli import (
 from encoding import describe_cut, encode_texts
 from entrep import find_queries, name_images, read_queries, zip_submission
 from errors import UserError, run_script, shown
+from explain import add_heat
 from files import whole
-from images import IMAGE_SUFFIXES, load_image
+from images import load_image
 from index import index_images
-from pictures import contact_sheet
+from pictures import write_sheets
 from runs import find_run, finished
 from serve import Site, describe, serve
 from trust import find_samples
@@ -79,15 +82,27 @@ def print_table(results):
         print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {shown(r['image'])}")
 
 
-def show(results, text, args):
+COLUMNS = ("rank", "score", "image", "class", "predicted", "probability", "captions", "group")
+
+
+def show(archive, results, query, text, args, run):
     """Print the results of a query, and draw them if asked for."""
     if args.sheet:
-        with whole(args.sheet) as temporary:
-            contact_sheet(results, text, args.image).save(
-                temporary, Image.registered_extensions()[args.sheet.suffix.lower()]
-            )
+        cards = add_heat(results, archive.model, query[0], archive.device) if args.explain else results
+        cards = [{"image": args.image, "query": True}, *cards] if args.image else cards
+        title = " + ".join([f"“{text}”"] * bool(text) + [args.image.name if args.image else ""] * bool(args.image))
+        said = f"the {len(results)} nearest of {len(archive.samples):,} images by cosine; run {run.name}"
+        frame = archive.model.clip.config.preprocessing.frame
+        write_sheets(args.sheet, cards, archive.metadata.classes, title, said, frame)
+    results = [{column: r[column] for column in COLUMNS} for r in results]
     if args.json:
-        print_json([{key: value for key, value in r.items() if key != "row"} for r in results])
+        print_json(results)
+    elif args.csv:
+        rows = [{**r, "captions": "; ".join(r["captions"])} for r in results]
+        name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
+        writer = csv.writer(sys.stdout)
+        writer.writerow(COLUMNS)
+        writer.writerows(["" if value is None else name(value) for value in row.values()] for row in rows)
     else:
         print_table(results)
 
@@ -108,8 +123,11 @@ def parse_arguments():
         "--mix", type=typed(float), help="with --text and --image: 0 is the image alone, 1 the text alone; default: 0.5"
     )
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--csv", action="store_true", help="print CSV")
     parser.add_argument("--sheet", type=file_path, help="write a contact sheet of the results to this image file")
+    parser.add_argument("--explain", action="store_true", help="with --sheet: show where the model looked")
     parser.add_argument(
         "--embeddings", type=file_path, help="write all images' paths and unit embeddings to this .npz or .safetensors"
     )
@@ -119,6 +137,7 @@ def parse_arguments():
     add_query_flags(parser, "i2i.csv or t2i.csv gives {query: image}, from the images of --data")
     args = parser.parse_args()
     check_query_flags(args, "text", "image", "sheet")
+    check_sheet(args)
     args.text = args.text and args.text.strip()
     args.asks = not (args.text or args.image or args.queries or args.embeddings or args.index_only or args.serve)
     if args.serve and (args.text or args.image or args.queries or args.index_only or args.sheet or args.json):
@@ -145,12 +164,8 @@ def parse_arguments():
         parser.error(f"--mix {args.mix} is not between 0 and 1")
     if args.image:
         load_image(args.image)  # before anything takes long
-    if args.sheet and args.sheet.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"--sheet cannot write {args.sheet}; give it a name that ends in .png or .jpg")
     if args.sheet and args.top > 200:
-        raise UserError("a contact sheet has room for 200 images; use a smaller --top")
-    if args.sheet and not args.sheet.parent.is_dir():
-        raise UserError(f"there is no folder {args.sheet.parent} to write {args.sheet.name} to; make it first")
+        raise UserError("contact sheets have room for 200 images; use a smaller --top")
     return args
 
 
@@ -182,13 +197,15 @@ def main():
     if args.text or args.image or args.asks or args.serve:
         print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
     texts = [args.text] if args.text or args.image else ask() if args.asks else []
-    archive = Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device)
+    calibration = Calibration.load(run / CALIBRATION, gallery.shape[1])
+    archive = Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device, calibration)
     if args.serve:
         serve(Site(archive, describe(run, metadata, len(files), finished(run))), args.open)
     for text in texts:
         print(describe_cut(tokenizer, [text or ""], model.clip.config.context_length), end="", file=sys.stderr)
         of_text, of_image = text and archive.of_text(text), args.image and archive.of_image(args.image)
-        show(archive.search(mixed(of_text, of_image, args.mix), args.top), text, args)
+        query = mixed(of_text, of_image, args.mix)
+        show(archive, archive.search(query, args.top), query, text, args, run)
     report_bad(bad)
 
 

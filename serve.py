@@ -4,8 +4,8 @@ Python's own http.server gives a browser page.html, and answers what that asks f
 
     GET  /                the page                       POST /search   JSON in and out: {"text", "image", "mix", …}
     GET  /about           what is searched, and by what  POST /upload   an image → {"image": its name}
-    GET  /image/7         image 7 as a JPEG, whatever    GET  /heat/7?query=3
-                          it is; /thumb/7 a small one                   where the model looked, for query 3
+    GET  /image/7         image 7 as a JPEG, whatever    GET  /heat/3/7     where the model looked in image 7, for
+                          it is; /thumb/7 a small one                       question 3
 
 Other pages that the browser has open, and other machines, must not reach it. It listens on 127.0.0.1 only. It answers
 only if the request's Host is that address: a foreign name that is made to mean 127.0.0.1 (*DNS rebinding*) shows there.
@@ -24,7 +24,6 @@ from collections import OrderedDict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import torch
 
@@ -120,7 +119,7 @@ class Site:
         image.thumbnail((side, side))
         return _jpeg(image)
 
-    def heat(self, number, query):
+    def heat(self, query, number):
         if query not in self.queries:
             raise Refused(HTTPStatus.GONE, "the question is forgotten; ask it again")
         file = self.archive.samples[self.number(number)].image
@@ -144,17 +143,16 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _get(self):
-        address, site = urlsplit(self.path), self.server.site
-        kind, _, name = address.path.strip("/").partition("/")
-        if address.path == "/":
+        site, (kind, _, name) = self.server.site, self.path.removeprefix("/").partition("/")
+        if self.path == "/":
             return "text/html; charset=utf-8", PAGE.read_bytes()
-        if address.path == "/about":
+        if self.path == "/about":
             return _json(site.about)
         if kind in ("image", "thumb"):
             return "image/jpeg", site.picture(name, WHOLE if kind == "image" else THUMB)
         if kind == "heat":
             with site.lock:
-                return "image/jpeg", site.heat(name, parse_qs(address.query).get("query", [""])[0])
+                return "image/jpeg", site.heat(*name.partition("/")[::2])
         raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _post(self):

@@ -121,14 +121,15 @@ def train_round(model, tokenizer, samples, metadata, steps, optimization, device
     seed = 1_000_003 * metadata.settings.seed  # the factor keeps the steps of one seed apart from those of another
     torch.manual_seed(seed + steps.start + 2**32 * rank())  # for dropout
     model.train()
-    progress, losses, config = Progress(len(steps), unit="steps"), [], model.clip.config
+    progress = Progress(metadata.settings.steps, unit="steps", first=steps.start)
+    losses, config = [], model.clip.config
     how = config.image_size, workers, config.preprocessing, cache
     batches = training_batches(samples, metadata.prompts, metadata.settings, steps, *how)
-    for done, (step, items) in enumerate(zip(steps, batches, strict=True), start=1):
+    for step, items in zip(steps, batches, strict=True):
         loss = joint_loss(model, tokenizer, items, metadata, device, seed + step)
         optimization.step(loss, step)
         losses.append(loss.detach())
-        progress(done, f"to step {steps.stop} of {metadata.settings.steps}", losses[-1])
+        progress(step + 1, f"step {step + 1} of {metadata.settings.steps}", losses[-1])
     losses = torch.stack(losses).cpu()  # looked at once a round, as a GPU would have to wait for it at every step
     wrong = [step for step, loss in zip(steps, losses.tolist(), strict=True) if not math.isfinite(loss)]
     if wrong or not all(p.isfinite().all() for p in optimization.parameters.values()):

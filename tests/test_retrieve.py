@@ -1,5 +1,7 @@
 """retrieve.py as a user runs it, and its contact sheet."""
 
+import csv
+import io
 import json
 import os
 import random
@@ -16,11 +18,12 @@ from safetensors import safe_open
 from shapes import SHAPES, draw
 
 import build
+import classify
 import encoding
 import index
 import retrieve
 import train
-from pictures import contact_sheet
+from pictures import class_look, contact_sheets
 
 
 def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictures, tmp_path):
@@ -99,9 +102,48 @@ def test_the_contact_sheet_shows_every_result(script, trained, pictures, tmp_pat
     assert script(retrieve, "--run", trained, *arguments)[0] == 0
     image = Image.open(sheet).convert("RGB")
     assert image.width == 5 * (224 + 16) + 16
-    cards = [(16 + i % 5 * 240, image.height - (2 - i // 5) * 324) for i in range(10)]
+    cards = [(16 + i % 5 * 240, 76 + i // 5 * 382) for i in range(10)]  # the query first
     ranges = [image.crop((x, y, x + 224, y + 224)).convert("L").getextrema() for x, y in cards]
-    assert all(high - low > 20 for low, high in ranges[:7]) and all(high == low for low, high in ranges[7:])
+    assert all(high - low > 20 for low, high in ranges[:8]) and all(high == low for low, high in ranges[8:])
+    status, _, err = script(retrieve, "--run", trained, "--text", "red", "--sheet", "heat.png", "--explain")
+    assert status == 0, err
+    assert script(retrieve, "--run", trained, "--text", "red", "--sheet", "plain.png")[0] == 0
+    heat, plain = (Image.open(tmp_path / f"{name}.png").convert("RGB") for name in ("heat", "plain"))
+    assert heat.size == plain.size and heat.tobytes() != plain.tobytes()
+    assert "--explain has no effect" in mistake(script(retrieve, "--run", trained, "--text", "red", "--explain"))
+    status, _, err = script(classify, "--run", trained, pictures / "images", "--sheet", "classes.png", "--explain")
+    assert status == 0, err
+    assert Image.open(tmp_path / "classes.png").height == 76 + 4 * 382
+
+
+def test_a_sheet_has_pages_and_shows_what_is_cut_away(tmp_path):
+    Image.new("RGB", (200, 100), (0, 0, 255)).save(tmp_path / "wide.png")
+    card = {"image": tmp_path / "wide.png", "class": "a", "predicted": "b", "probability": 0.7, "group": "p1"}
+    pages = list(contact_sheets([card] * 120, ["a", "b"], "title", "said", "crop"))
+    assert [page.height for page in pages] == [76 + 10 * 382] * 2 + [76 + 4 * 382]
+    (whole,), (cut,) = (list(contact_sheets([card], ["a", "b"], "title", "said", frame)) for frame in ("pad", "crop"))
+    differ = np.asarray(whole).astype(int) != np.asarray(cut)
+    rows, columns = np.nonzero(differ.any(2))
+    assert [rows.min() - 76, rows.max() - 76, columns.min() - 16, columns.max() - 16] == [56, 167, 56, 167]
+
+
+def test_classes_have_colours_of_their_own_and_none_is_red():
+    classes = [f"class {i}" for i in range(12)]
+    looks = [class_look(name, classes) for name in classes]
+    assert len(set(looks)) == 12
+    for (red, green, blue), _ in looks:
+        assert red < max(green, blue) + 60
+
+
+def test_results_as_a_table_for_other_programs(script, trained):
+    status, out, _ = script(retrieve, "--run", trained, "--text", "red", "--csv", "--top", 4)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    _, found, _ = script(retrieve, "--run", trained, "--text", "red", "--json", "--top", 4)
+    assert status == 0 and len(rows) == 4
+    for row, result in zip(rows, json.loads(found), strict=True):
+        assert row["image"] == result["image"] and float(row["score"]) == result["score"]
+        assert row["captions"] == "; ".join(result["captions"]) and row["group"] == result["group"]
+        assert 0 < result["probability"] <= 1
 
 
 def test_a_folder_without_labels_can_be_searched(script, trained, pictures, tmp_path):
@@ -122,7 +164,7 @@ def test_what_cannot_be_searched_or_drawn_is_said(script, trained, pictures, tmp
     assert "room for 200 images" in mistake(script(retrieve, *flags, "--text", "red", "--top", 201, "--sheet", "a.png"))
     assert "--data: it is empty" in mistake(script(retrieve, "--run", trained, "--data", "", "--text", "red"))
     long = [{"rank": 1, "score": 0.5, "image": image, "class": None, "predicted": "x", "captions": ["word " * 20_000]}]
-    assert contact_sheet(long, "word " * 20_000, image).width > 0
+    assert next(contact_sheets(long, ["x"], "word " * 20_000, "")).width > 0
 
 
 def test_embeddings_serve_other_programs(script, trained, pictures, tmp_path):

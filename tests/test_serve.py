@@ -120,17 +120,17 @@ def test_an_upload_is_searched_by_and_mixed(site):
 
 def test_pictures_and_maps_are_jpegs(site):
     _, answer = search(site, text="a red shape")
-    for path in ("/image/0", "/thumb/0", f"/heat/0?query={answer['query']}"):
+    for path in ("/image/0", "/thumb/0", f"/heat/{answer['query']}/0"):
         status, content, headers = ask(site, "GET", path)
         assert status == 200 and headers["Content-Type"] == "image/jpeg" and headers["Cache-Control"] == "no-store"
         assert Image.open(io.BytesIO(content)).format == "JPEG"
-    assert ask(site, "GET", "/heat/0?query=none")[0] == 410
+    assert ask(site, "GET", "/heat/none/0")[0] == 410
 
 
 def test_only_so_much_is_remembered(site, monkeypatch):
     monkeypatch.setattr(serve, "REMEMBERED", 3)
     queries = [search(site, text=f"shape {i}")[1]["query"] for i in range(5)]
-    assert [ask(site, "GET", f"/heat/0?query={query}")[0] for query in queries] == [410, 410, 200, 200, 200]
+    assert [ask(site, "GET", f"/heat/{query}/0")[0] for query in queries] == [410, 410, 200, 200, 200]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_only_so_much_is_remembered(site, monkeypatch):
 
 
 PATHS = """/../../etc/passwd /image/../../etc/passwd /image/%2e%2e%2fetc%2fpasswd /thumb//etc/passwd /image/-1
-    /image/1e3 /image/99999999999999999999 /image/%D9%A3 /page.html /serve.py /image/ /heat/x?query=1"""
+    /image/1e3 /image/99999999999999999999 /image/%D9%A3 /page.html /serve.py /image/ /heat/1/x"""
 
 
 @pytest.mark.parametrize("path", PATHS.split())
