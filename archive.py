@@ -1,11 +1,17 @@
 """The images that a search answers from, and the model that answers."""
 
+import re
+import time
+import unicodedata
+from dataclasses import replace
+
 import torch
 
 from calibration import Calibration
 from encoding import encode_images, encode_texts
 from errors import UserError
 from kernels import slerp, top_k
+from prompts import plain_name
 
 
 def nearest(queries, gallery, count):
@@ -24,7 +30,11 @@ class Archive:
     def __init__(self, model, tokenizer, metadata, samples, gallery, device, calibration=None):
         self.model, self.tokenizer, self.metadata, self.device = model, tokenizer, metadata, device
         self.calibration = calibration or Calibration()
-        self.samples, self.gallery = samples, gallery
+        self.samples, self.gallery = [_known_label(sample, metadata.classes) for sample in samples], gallery
+        self.groups = {}  # group: its rows
+        for row, sample in enumerate(self.samples):
+            if sample.group:
+                self.groups.setdefault(sample.group, []).append(row)
 
     def of_text(self, text):
         """→ (1, D)"""
@@ -34,23 +44,52 @@ class Archive:
         """An image file, also an open one → (1, D)"""
         return encode_images(self.model, [file], self.device, 1, 0, None)
 
-    def search(self, query, top, rows=None):
+    def search(self, query, top, rows=None, per_group=False, without=None):
         """The images most similar to the query, (1, D) → a dict each, best first: rank, score (the cosine), image,
-        class (None where unknown), predicted class and its probability, captions, group, and row, that of the gallery.
-        rows: (M,), which of them are searched; without it all are."""
-        gallery = self.gallery if rows is None else self.gallery[rows]
-        scores, indices = nearest(query, gallery, top)
-        indices = indices[0] if rows is None else rows[indices[0]]
-        found = self.gallery[indices].float().to(self.device)
+        class (None where unknown), predicted class and its probability, captions, group, row, that of the gallery, and
+        of_group, how many images its group has here.
+
+        rows: (M,), which of them are searched; without it all are. per_group: only the nearest of each group, as the
+        frames of a video are nearly the same picture. without: a row; it and its group are left out, as the evaluation
+        does it."""
+        rows = torch.arange(len(self.gallery)) if rows is None else rows
+        if without is not None:
+            own = self.groups.get(self.samples[without].group, [without])
+            rows = rows[~torch.isin(rows, torch.tensor(own))]
+        count, chosen = top, []
+        while len(rows):
+            scores, found = nearest(
+                query, self.gallery if len(rows) == len(self.gallery) else self.gallery[rows], count
+            )
+            chosen = list(zip(rows[found[0]].tolist(), scores[0].tolist(), strict=True))
+            if per_group:
+                first = {}
+                for row, score in chosen:
+                    first.setdefault(self.samples[row].group or row, (row, score))
+                chosen = list(first.values())
+            if len(chosen) >= top or count >= len(rows):
+                break
+            count *= 4  # they were of few groups
+        return self._describe(chosen[:top])
+
+    def _describe(self, chosen):
         with torch.inference_mode():
+            found = self.gallery[[i for i, _ in chosen]].float().to(self.device)
             sure, predicted = self.calibration.probabilities(self.model.classify(found).cpu()).max(1)
         results = []
-        for score, i, p, c in zip(scores[0].tolist(), indices.tolist(), sure.tolist(), predicted.tolist(), strict=True):
+        for (i, score), p, c in zip(chosen, sure.tolist(), predicted.tolist(), strict=True):
             sample = self.samples[i]
             result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
             result |= {"class": sample.label, "predicted": self.metadata.classes[c], "probability": round(p, 4)}
-            results.append(result | {"captions": sample.captions, "group": sample.group, "row": i})
+            result |= {"captions": sample.captions, "group": sample.group, "row": i}
+            results.append(result | {"of_group": len(self.groups.get(sample.group, [i]))})
         return results
+
+
+def _known_label(sample, classes):
+    """A folder's name is a label only if the run knows such a class, however it is spelled."""
+    same = [name for name in classes if plain_name(name) == plain_name(sample.label or "")]
+    return replace(sample, label=sample.label if sample.label in classes else same[0] if len(same) == 1 else None)
 
 
 def mixed(text, image, mix):
@@ -59,3 +98,46 @@ def mixed(text, image, mix):
     if text is None or image is None:
         return image if text is None else text
     return slerp(image, text, mix)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a user should know of an answer
+
+STOP = {"a", "an", "the", "of", "in", "on", "at", "with", "and", "or", "to", "for", "from", "by", "is", "are", "be"}
+STOP |= {"no", "not", "without", "before", "after", "both", "between", "some"}
+
+
+def vocabulary(metadata, captions):
+    """→ all words that a run was trained with."""
+    texts = [*captions, *metadata.classes, *(prompt for of_class in metadata.prompts.values() for prompt in of_class)]
+    return {word for text in texts for word in words(text)}
+
+
+def words(text):
+    """→ its words, in lower case, but for those that any text has."""
+    found = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).lower())
+    return [word for word in dict.fromkeys(found) if word not in STOP]
+
+
+def unknown_words(text, known):
+    """→ a note about the words of a text that training never saw, or nothing. A text always finds something, and its
+    cosines do not tell whether it makes sense here (tests/benchmarks/nonsense.py); its words do."""
+    asked = words(text)
+    new = [word for word in asked if word not in known]
+    if not new:
+        return ""
+    most = len(new) > len(asked) / 2
+    return f"training never saw: {', '.join(new)}" + ("; probably nothing here matches" if most else "")
+
+
+def about(run, metadata, count, metrics):
+    """What stands above every answer: the run, its classes, the number of images, figures, its date."""
+    figures = {}
+    if metrics:
+        names = {"accuracy": "accuracy", "i2i_mrr": "image→image MRR", "t2i_mrr": "text→image MRR"}
+        figures = {name: round(metrics[key], 3) for key, name in names.items() if metrics.get(key) is not None}
+    date = time.strftime("%Y-%m-%d", time.localtime((run / "adapter.safetensors").stat().st_mtime))
+    held_out = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    line = f"{run}, {date}: {count:,} images, {len(metadata.classes)} classes"
+    line += f"; held out: {held_out}" if held_out else ""
+    return {"line": f"{line}; not a medical device", "classes": metadata.classes}

@@ -3,6 +3,7 @@
 Without any of these it asks for texts, one after another, until an empty line.
 """
 
+import argparse
 import contextlib
 import csv
 import json
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from archive import Archive, mixed, nearest
+from archive import Archive, about, mixed, nearest, unknown_words, vocabulary
 from build import load_run
 from calibration import CALIBRATION, Calibration
 from checkpoint import save_tensors
@@ -38,7 +39,8 @@ from images import load_image
 from index import index_images
 from pictures import write_sheets
 from runs import find_run, finished
-from serve import Site, describe, serve
+from serve import Site, serve
+from split_file import trained_captions
 from trust import find_samples
 
 
@@ -82,7 +84,7 @@ def print_table(results):
         print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {shown(r['image'])}")
 
 
-COLUMNS = ("rank", "score", "image", "class", "predicted", "probability", "captions", "group")
+COLUMNS = ("rank", "score", "image", "class", "predicted", "probability", "captions", "group", "of_group")
 
 
 def show(archive, results, query, text, args, run):
@@ -121,6 +123,12 @@ def parse_arguments():
     parser.add_argument("--image", type=file_path, help="what to look for, by example: an image file")
     parser.add_argument(
         "--mix", type=typed(float), help="with --text and --image: 0 is the image alone, 1 the text alone; default: 0.5"
+    )
+    parser.add_argument(
+        "--per-group",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show only the nearest image of each group, as those of a video are nearly the same",
     )
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
     form = parser.add_mutually_exclusive_group()
@@ -175,10 +183,8 @@ def main():
     model, tokenizer, metadata = load_run(run, device, args.weights)
     queries = read_queries(args.queries) if args.queries else []
     samples = {sample.image: sample for sample in find_samples(args.data, metadata, run)}  # an image once
-    if args.image:
-        samples = {file: s for file, s in samples.items() if file.resolve() != args.image.resolve()}
-        if not samples:
-            raise UserError("there is nothing to search but the query image itself; name other images by --data")
+    if args.image and not any(file.resolve() != args.image.resolve() for file in samples):
+        raise UserError("there is nothing to search but the query image itself; name other images by --data")
     files, gallery, bad = index_images(run, model, list(samples), device, args.batch_size, args.workers)
     if args.index_only:
         print(f"{len(files):,} images are indexed in {shown(run)}")
@@ -194,18 +200,22 @@ def main():
         print_json(answers)
         if args.zip:
             zip_submission(answers, args.queries.stem, args.zip)
+    header = about(run, metadata, len(files), finished(run))
     if args.text or args.image or args.asks or args.serve:
-        print(f"{len(files):,} images searched by {shown(run)}", file=sys.stderr)
+        print(shown(header["line"]), file=sys.stderr)
     texts = [args.text] if args.text or args.image else ask() if args.asks else []
     calibration = Calibration.load(run / CALIBRATION, gallery.shape[1])
     archive = Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device, calibration)
+    known = vocabulary(metadata, trained_captions(run))
+    own = next((i for i, file in enumerate(files) if args.image and file.resolve() == args.image.resolve()), None)
     if args.serve:
-        serve(Site(archive, describe(run, metadata, len(files), finished(run))), args.open)
+        serve(Site(archive, header, known), args.open)
     for text in texts:
         print(describe_cut(tokenizer, [text or ""], model.clip.config.context_length), end="", file=sys.stderr)
         of_text, of_image = text and archive.of_text(text), args.image and archive.of_image(args.image)
         query = mixed(of_text, of_image, args.mix)
-        show(archive, archive.search(query, args.top), query, text, args, run)
+        print(f"note: {shown(note)}\n" if (note := unknown_words(text or "", known)) else "", end="", file=sys.stderr)
+        show(archive, archive.search(query, args.top, None, args.per_group, own), query, text, args, run)
     report_bad(bad)
 
 

@@ -18,7 +18,6 @@ import io
 import json
 import sys
 import threading
-import time
 import webbrowser
 from collections import OrderedDict
 from http import HTTPStatus
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from archive import mixed
+from archive import mixed, unknown_words
 from errors import UserError, reason
 from explain import explain
 from files import parse_json
@@ -54,8 +53,9 @@ class Refused(Exception):
 class Site:
     """What the page asks for. One question at a time uses the model."""
 
-    def __init__(self, archive, about):
-        self.archive, self.about, self.lock = archive, about, threading.Lock()
+    def __init__(self, archive, about, known):
+        """about, known: as archive.about and archive.vocabulary give them."""
+        self.archive, self.about, self.known, self.lock = archive, about, known, threading.Lock()
         self.uploads, self.queries, self.count = OrderedDict(), OrderedDict(), 0
         labels = [sample.label for sample in archive.samples]
         self.rows = {name: torch.tensor([i for i, label in enumerate(labels) if label == name]) for name in set(labels)}
@@ -76,7 +76,8 @@ class Site:
         return {"image": self._remember(self.uploads, embedding)}
 
     def search(self, asked):
-        """{"text", "image": an upload's name, "like": the number of an image, "mix", "class", "top"}, all optional."""
+        """{"text", "image": an upload's name, "like": the number of an image, "mix", "class", "top", "frames": whether
+        to show all of a group}, all optional."""
         words, own = str(asked.get("text") or "").strip()[:LONGEST_QUESTION], None
         text = self.archive.of_text(words) if words else None
         image = None
@@ -95,14 +96,10 @@ class Site:
         query, rows = mixed(text, image, mix), self.rows.get(asked.get("class")) if asked.get("class") else None
         if asked.get("class") and rows is None:
             raise Refused(HTTPStatus.BAD_REQUEST, "there is no such class")
-        found = self.archive.search(query, min(top, MOST_FOUND) + (own is not None), rows)
-        cards = [
-            {"number": r["row"], "name": Path(r["image"]).name}
-            | {k: r[k] for k in ("score", "class", "predicted", "captions")}
-            for r in found
-            if r["row"] != own
-        ]
-        return {"query": self._remember(self.queries, query), "found": cards[: min(top, MOST_FOUND)]}
+        found = self.archive.search(query, min(top, MOST_FOUND), rows, asked.get("frames") is not True, own)
+        shown = ("score", "class", "predicted", "probability", "captions", "group", "of_group")
+        cards = [{"number": r["row"], "name": Path(r["image"]).name} | {key: r[key] for key in shown} for r in found]
+        return {"query": self._remember(self.queries, query), "found": cards, "note": unknown_words(words, self.known)}
 
     def number(self, text):
         """→ the row of an image."""
@@ -247,13 +244,3 @@ def serve(site, open_page):
         if open_page:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
-
-
-def describe(run, metadata, count, metrics):
-    """What stands above every answer: the run, its classes, the number of images, figures, its date."""
-    figures = {}
-    if metrics:
-        names = {"accuracy": "accuracy", "i2i_mrr": "image→image MRR", "t2i_mrr": "text→image MRR"}
-        figures = {name: round(metrics[key], 3) for key, name in names.items() if metrics.get(key) is not None}
-    date = time.strftime("%Y-%m-%d", time.localtime((run / "adapter.safetensors").stat().st_mtime))
-    return {"run": run.name, "classes": metadata.classes, "images": count, "figures": figures, "date": date}

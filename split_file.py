@@ -101,6 +101,12 @@ def trained_images(run):
     return {Path(row[0]) for row in rows if row[4] == "train"}
 
 
+def trained_captions(run):
+    """→ all captions that a run was trained with."""
+    rows = _kept_rows(run) if (run / "split.csv").is_file() else []
+    return {row[2] for row in rows if row[4] == "train" and row[2]}
+
+
 def count_classes(run):
     """→ how many images of each class a run has on each side, {split: Counter of labels}, and how many groups, {split:
     number}."""

@@ -23,6 +23,7 @@ import encoding
 import index
 import retrieve
 import train
+from data import load_dataset
 from pictures import class_look, contact_sheets
 
 
@@ -32,14 +33,14 @@ def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictu
     queries["both"] = queries["text"] + queries["image"]
     found = {}
     for name, query in queries.items():
-        status, out, err = script(retrieve, "--run", trained, *query, "--json", "--top", 20)
+        status, out, err = script(retrieve, "--run", trained, *query, "--json", "--top", 20, "--no-per-group")
         assert status == 0, err
         found[name] = json.loads(out)
         scores = [r["score"] for r in found[name]]
         assert scores == sorted(scores, reverse=True) and [r["rank"] for r in found[name]] == list(
             range(1, len(scores) + 1)
         )
-    assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 17  # not the example itself
+    assert len(found["text"]) == 18 and len(found["image"]) == len(found["both"]) == 16  # not the example's group
 
     model, tokenizer, _ = build.load_run(trained, torch.device("cpu"))
     text = encoding.encode_texts(model, tokenizer, ["a green shape"], torch.device("cpu"))
@@ -48,8 +49,10 @@ def test_retrieve_ranks_by_cosine_for_text_image_and_both(script, trained, pictu
         [r["score"] for r in found["text"]], abs=1e-4
     )
     for mix, name in ((0, "image"), (1, "text")):
-        _, out, _ = script(retrieve, "--run", trained, *queries["both"], "--mix", mix, "--json", "--top", 17)
-        expected = [r["image"] for r in found[name] if r["image"] != str(example)]
+        flags = "--mix", mix, "--json", "--top", 17, "--no-per-group"
+        _, out, _ = script(retrieve, "--run", trained, *queries["both"], *flags)
+        searched = {r["image"] for r in found["image"]}
+        expected = [r["image"] for r in found[name] if r["image"] in searched]
         assert [r["image"] for r in json.loads(out)] == expected
 
 
@@ -186,11 +189,12 @@ def test_embeddings_serve_other_programs(script, trained, pictures, tmp_path):
     files["out.npz"].rename("images.npz")
     found = {}
     exec(readme_code("faiss"), found)
-    status, out, err = script(retrieve, "--run", trained, "--image", paths[0], "--json", "--top", 4)
-    ours = json.loads(out)
-    rows = found["rows"][0].tolist()
-    assert rows[0] == 0 and [paths[i] for i in rows[1:]] == [os.path.realpath(r["image"]) for r in ours]
-    np.testing.assert_allclose(found["cosines"][0, 1:], [r["score"] for r in ours], atol=1e-4)
+    status, out, err = script(retrieve, "--run", trained, "--image", paths[0], "--json", "--top", 18, "--no-per-group")
+    ours = {os.path.realpath(r["image"]): r["score"] for r in json.loads(out)}  # but for those of the query's group
+    rows, cosines = found["rows"][0].tolist(), found["cosines"][0].tolist()
+    theirs = {paths[i]: cosine for i, cosine in zip(rows, cosines, strict=True) if paths[i] in ours}
+    assert rows[0] == 0 and len(theirs) >= 3 and list(ours)[: len(theirs)] == list(theirs)
+    assert list(ours.values())[: len(theirs)] == pytest.approx(list(theirs.values()), abs=1e-4)
 
     assert ".npz or .safetensors" in mistake(script(retrieve, "--run", trained, "--embeddings", "out.csv"))
     assert "--sheet needs" in mistake(script(retrieve, "--run", trained, "--embeddings", "a.npz", "--sheet", "a.png"))
@@ -231,3 +235,63 @@ def test_each_image_has_its_own_row_beside_copies(trained, pictures, tmp_path):
         expected = F.normalize(encoding.encode_images(model, good, cpu, 8, 0), dim=1)
         assert sorted(good) == sorted(files) and not bad and rows.dtype == torch.float16
         torch.testing.assert_close(rows.float(), expected, rtol=0, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A search one can trust
+
+
+def test_groups_are_one_card_each_unless_all_are_asked_for(script, trained):
+    """Nine groups of two images."""
+
+    def found(*flags):
+        status, out, err = script(retrieve, "--run", trained, "--text", "red", "--json", "--top", 18, *flags)
+        assert status == 0, err
+        return json.loads(out)
+
+    every, nearest = found("--no-per-group"), found()
+    assert len(every) == 18 and len(nearest) == 9
+    best = {}
+    for result in every:
+        best.setdefault(result["group"], result)
+    assert [r["image"] for r in nearest] == [r["image"] for r in best.values()]
+    assert {r["of_group"] for r in nearest} == {2} and [r["rank"] for r in nearest] == list(range(1, 10))
+    for top in (1, 3, 5):
+        assert [r["image"] for r in found("--top", top)] == [r["image"] for r in nearest[:top]]
+
+
+def test_an_image_query_leaves_out_its_own_group(script, trained, pictures):
+    image = pictures / "images/half-left/0.png"
+    status, out, _ = script(retrieve, "--run", trained, "--image", image, "--json", "--top", 18, "--no-per-group")
+    results = json.loads(out)
+    own = next(s.group for s in load_dataset(pictures / "manifest.csv") if s.image.samefile(image))
+    assert status == 0 and len(results) == 16 and own not in {r["group"] for r in results}
+
+
+def test_words_that_training_never_saw_are_named(script, trained):
+    status, _, err = script(retrieve, "--run", trained, "--text", "a red cat on the left")
+    assert status == 0 and "note: training never saw: cat\n" in err
+    _, _, err = script(retrieve, "--run", trained, "--text", "a photo of a cat, purring; red")
+    assert "purring; probably nothing here matches\n" in err
+    _, _, err = script(retrieve, "--run", trained, "--text", "RED shape on the LEFT")
+    assert "note" not in err
+
+
+def test_a_folders_name_is_a_label_only_if_the_run_knows_it(script, trained, pictures, tmp_path):
+    for name, label in (("Half Left", "half-left"), ("holiday", "half-right")):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        shutil.copy(pictures / "images" / label / "0.png", tmp_path / "other" / name / f"{label}.png")
+    status, out, _ = script(retrieve, "--run", trained, "--data", tmp_path / "other", "--text", "red", "--json")
+    assert status == 0
+    assert {Path(r["image"]).stem: r["class"] for r in json.loads(out)} == {
+        "half-left": "half-left",
+        "half-right": None,
+    }
+
+
+def test_an_answer_begins_with_what_it_is_from(script, trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    _, _, err = script(retrieve, "--run", trained, "--text", "red")
+    line = next(line for line in err.splitlines() if "images" in line)
+    assert str(trained) in line and ": 18 images, 3 classes; held out: accuracy " in line
+    assert f"accuracy {metrics['accuracy']:.3f}" in line and line.endswith("not a medical device")

@@ -20,11 +20,12 @@ from test_report import browser, needs_browser  # noqa: F401, a fixture
 
 import retrieve
 import serve
-from archive import Archive, mixed
+from archive import Archive, about, mixed, vocabulary
 from build import load_run
 from index import index_images
 from runs import finished
-from serve import LARGEST_UPLOAD, Handler, Server, Site, describe
+from serve import LARGEST_UPLOAD, Handler, Server, Site
+from split_file import trained_captions
 from trust import find_samples
 
 CPU = torch.device("cpu")
@@ -38,7 +39,8 @@ def site(trained, tmp_path_factory):
     samples = {sample.image: sample for sample in find_samples(None, metadata, run)}
     files, gallery, _ = index_images(run, model, list(samples), CPU, 8, 0)
     archive = Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, CPU)
-    made = Site(archive, describe(run, metadata, len(files), finished(run)))
+    known = vocabulary(metadata, trained_captions(run))
+    made = Site(archive, about(run, metadata, len(files), finished(run)), known)
     with Server(("127.0.0.1", 0), Handler) as server:
         server.site = made
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -89,26 +91,36 @@ def test_a_search_finds_what_retrieve_finds(site, script, trained, tmp_path):
 def test_more_like_this_leaves_the_image_itself_out(site):
     for number in (0, 5):
         _, answer = search(site, like=number, top=100)
-        numbers = [card["number"] for card in answer["found"]]
-        assert number not in numbers and len(numbers) == len(site.archive.samples) - 1
+        own = site.archive.samples[number].group
+        assert own not in {card["group"] for card in answer["found"]} and len(answer["found"]) == 8  # other groups
+        _, answer = search(site, like=number, top=100, frames=True)
+        assert len(answer["found"]) == 16
 
 
 def test_a_class_can_be_asked_for(site):
     label = site.archive.metadata.classes[1]
-    _, answer = search(site, text="shape", **{"class": label})
+    _, answer = search(site, text="shape", frames=True, **{"class": label})
     assert len(answer["found"]) == 6 and {card["class"] for card in answer["found"]} == {label}
     assert search(site, text="shape", **{"class": "none"})[0] == 400
+
+
+def test_words_that_are_new_are_named(site):
+    assert search(site, text="a red shape")[1]["note"] == ""
+    assert (
+        search(site, text="a purring cat")[1]["note"]
+        == "training never saw: purring, cat; probably nothing here matches"
+    )
 
 
 def test_an_upload_is_searched_by_and_mixed(site):
     file = site.archive.samples[3].image
     _, content, _ = ask(site, "POST", "/upload", file.read_bytes())
     name = json.loads(content)["image"]
-    _, alone = search(site, image=name)
+    _, alone = search(site, image=name, frames=True)
     assert alone["found"][0]["number"] == 3 and alone["found"][0]["score"] > 0.999
-    _, text = search(site, text="a green shape")
+    _, text = search(site, text="a green shape", frames=True)
     for mix, expected in ((0, alone), (1, text)):
-        _, answer = search(site, image=name, text="a green shape", mix=mix)
+        _, answer = search(site, image=name, text="a green shape", mix=mix, frames=True)
         assert [card["score"] for card in answer["found"]] == pytest.approx(
             [card["score"] for card in expected["found"]], abs=1e-3
         )
