@@ -115,7 +115,7 @@ def test_an_archive_of_oddities_is_classified_and_searched_but_for_the_bad(scrip
     assert status == 1 and "\x1b" not in out + err and len(out.splitlines()) == 1 + good
     for again in range(2):
         status, out, err = script(retrieve, "--run", run, "--data", folder, "--text", "red", "--top", 99, "--json")
-        assert status == 1 and len(json.loads(out)) == good and f"{good} images searched" in err, again
+        assert status == 1 and len(json.loads(out)) == good and f": {good} images, " in err, again
         assert named(err) == bad
     sheet = ["--text", "red", "--top", 99, "--sheet", tmp_path / "sheet.png"]
     assert script(retrieve, "--run", run, "--data", folder, *sheet)[0] == 1
