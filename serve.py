@@ -55,7 +55,8 @@ class Site:
 
     def __init__(self, archive, about, known):
         """about, known: as archive.about and archive.vocabulary give them."""
-        self.archive, self.about, self.known, self.lock = archive, about, known, threading.Lock()
+        self.archive, self.known, self.lock = archive, known, threading.Lock()
+        self.about = {**about, "groups": bool(archive.groups)}
         self.uploads, self.queries, self.count = OrderedDict(), OrderedDict(), 0
         labels = [sample.label for sample in archive.samples]
         self.rows = {name: torch.tensor([i for i, label in enumerate(labels) if label == name]) for name in set(labels)}
