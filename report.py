@@ -45,6 +45,7 @@ p { margin: 8px 0; max-width: 72ch; overflow-wrap: anywhere; }
 .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 0; padding: 12px;
   overflow-wrap: anywhere; break-inside: avoid; }
 .card b { display: block; font-size: 1.5rem; line-height: 1.2; }
+figcaption { margin-top: 6px; }
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #000; border-radius: 4px; }
 figure.query { border: 2px solid var(--main); }
 .scroll { overflow-x: auto; }
