@@ -1,6 +1,7 @@
 """The images that a search answers from, and the model that answers."""
 
 import re
+import string
 import time
 import unicodedata
 from dataclasses import replace
@@ -52,25 +53,23 @@ class Archive:
         rows: (M,), which of them are searched; without it all are. per_group: only the nearest of each group, as the
         frames of a video are nearly the same picture. without: a row; it and its group are left out, as the evaluation
         does it."""
-        rows = torch.arange(len(self.gallery)) if rows is None else rows
-        if without is not None:
-            own = self.groups.get(self.samples[without].group, [without])
-            rows = rows[~torch.isin(rows, torch.tensor(own))]
-        count, chosen = top, []
-        while len(rows):
-            scores, found = nearest(
-                query, self.gallery if len(rows) == len(self.gallery) else self.gallery[rows], count
-            )
-            chosen = list(zip(rows[found[0]].tolist(), scores[0].tolist(), strict=True))
+        own = [] if without is None else self.groups.get(self.samples[without].group, [without])
+        searched = self.gallery if rows is None else self.gallery[rows]
+        count, chosen, left_out = top + len(own), [], set(own)
+        while len(searched):
+            scores, found = nearest(query, searched, count)
+            found = found[0] if rows is None else rows[found[0]]
+            pairs = zip(found.tolist(), scores[0].tolist(), strict=True)
+            chosen = [pair for pair in pairs if pair[0] not in left_out]
             if per_group:
                 first = {}
                 for row, score in chosen:
                     first.setdefault(self.samples[row].group or row, (row, score))
                 chosen = list(first.values())
-            if len(chosen) >= top or count >= len(rows):
+            if len(chosen) >= top or count >= len(searched):
                 break
             count *= 4  # they were of few groups
-        return self._describe(chosen[:top])
+        return self._describe(chosen[:top]) if chosen else []
 
     def _describe(self, chosen):
         with torch.inference_mode():
@@ -106,28 +105,46 @@ def mixed(text, image, mix):
 STOP = {"a", "an", "the", "of", "in", "on", "at", "with", "and", "or", "to", "for", "from", "by", "is", "are", "be"}
 STOP |= {"no", "not", "without", "before", "after", "both", "between", "some"}
 
+PUNCTUATION = string.punctuation + "“”„‘’…–—«»"
 
-def vocabulary(metadata, captions):
-    """→ all words that a run was trained with."""
-    texts = [*captions, *metadata.classes, *(prompt for of_class in metadata.prompts.values() for prompt in of_class)]
-    return {word for text in texts for word in words(text)}
+
+class Vocabulary:
+    """All words that a run was trained with. captions: its own, None where nobody knows them any more."""
+
+    def __init__(self, metadata, captions):
+        prompts = [prompt for of_class in metadata.prompts.values() for prompt in of_class]
+        texts = [*(captions or ()), *metadata.classes, *prompts]
+        self.words = None if captions is None else {stem(word) for text in texts for word in words(text)}
+        self.only = metadata.settings.weights in ("phantom", "scratch")  # their base models have read nothing else
+
+    def note(self, text):
+        """→ a note about the words of a text that training never saw, or nothing. A text always finds something, and
+        its cosines do not tell whether it makes sense here (tests/benchmarks/nonsense.py); its words do, where the base
+        model knows no others."""
+        asked = words(text)
+        new = [word for word in asked if stem(word) not in self.words] if self.words is not None else []
+        if not new:
+            return ""
+        never = f"training never saw: {', '.join(new)}"
+        if not self.only:
+            return f"{never}; the base model may know {'it' if len(new) == 1 else 'them'}"
+        return never + "; probably nothing here matches" * (len(new) > len(asked) / 2)
 
 
 def words(text):
-    """→ its words, in lower case, but for those that any text has."""
-    found = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).lower())
-    return [word for word in dict.fromkeys(found) if word not in STOP]
+    """→ its words, in lower case, but for those that any text has; none in scripts without spaces between words."""
+    found = [word.strip(PUNCTUATION) for word in unicodedata.normalize("NFC", text).lower().split()]
+    found = [part for word in found for part in re.split("[-/,;:]+", word) if part]
+    return [word for word in dict.fromkeys(found) if word not in STOP and not any(map(_joined, word))]
 
 
-def unknown_words(text, known):
-    """→ a note about the words of a text that training never saw, or nothing. A text always finds something, and its
-    cosines do not tell whether it makes sense here (tests/benchmarks/nonsense.py); its words do."""
-    asked = words(text)
-    new = [word for word in asked if word not in known]
-    if not new:
-        return ""
-    most = len(new) > len(asked) / 2
-    return f"training never saw: {', '.join(new)}" + ("; probably nothing here matches" if most else "")
+def stem(word):
+    """eardrums → eardrum: a plural is no new word."""
+    return word.removesuffix("s") if len(word) > 3 else word
+
+
+def _joined(letter):
+    return unicodedata.name(letter, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"))
 
 
 def about(run, metadata, count, metrics):
@@ -135,7 +152,7 @@ def about(run, metadata, count, metrics):
     figures = {}
     if metrics:
         names = {"accuracy": "accuracy", "i2i_mrr": "image→image MRR", "t2i_mrr": "text→image MRR"}
-        figures = {name: round(metrics[key], 3) for key, name in names.items() if metrics.get(key) is not None}
+        figures = {name: round(metrics[key], 3) for key, name in names.items() if isinstance(metrics.get(key), float)}
     date = time.strftime("%Y-%m-%d", time.localtime((run / "adapter.safetensors").stat().st_mtime))
     held_out = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     line = f"{run}, {date}: {count:,} images, {len(metadata.classes)} classes"

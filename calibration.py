@@ -112,7 +112,9 @@ class Calibration:
         return torch.searchsorted(self.held_out, nearest, right=True).double() / len(self.held_out)
 
     def figures(self, logits, labels):
-        """(N, C), (N,) of the images that are scored → the figures by the names of metrics.json."""
+        """(N, C), (N,) of the images that are scored → the figures by the names of metrics.json; none without a fit."""
+        if self.known is None:
+            return {}
         before, after = (reliability(p, labels) for p in (logits.double().softmax(1), self.probabilities(logits)))
         return {
             "temperature": self.temperature,

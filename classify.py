@@ -53,13 +53,22 @@ def classify(model, classes, files, device, batch_size, workers, calibration, un
 
 def draw(results, model, metadata, device, args, run):
     """Write contact sheets of the results."""
-    cards = [{**r, "predicted": r["class"], "class": None} for r in results]
-    if args.explain:
-        classes = [max(r["classes"], key=r["classes"].get) for r in results]
-        directions = model.head.detach()[[metadata.classes.index(name) for name in classes]]
-        cards = add_heat(cards, model, directions, device)
+    cards, frame = [], model.clip.config.preprocessing.frame
+    for r in results:
+        best, said = max(r["classes"], key=r["classes"].get), [UNSURE] * (r["class"] == UNSURE) + notes(r)
+        cards.append({"image": r["image"], "predicted": best, "probability": r["probability"], "captions": said})
+
+    def dress(page):
+        vector = dict(zip(metadata.classes, model.head.detach(), strict=True))
+        return add_heat(page, model, lambda card: vector[card["predicted"]], device)
+
     said = f"{len(results):,} images by run {run.name}"
-    write_sheets(args.sheet, cards, metadata.classes, "classified", said, model.clip.config.preprocessing.frame)
+    write_sheets(args.sheet, cards, metadata.classes, "classified", said, frame, dress if args.explain else None)
+
+
+def notes(result):
+    strange = result["familiarity"] is not None and result["familiarity"] < UNLIKE
+    return ["unlike the training images"] * strange
 
 
 def show(results, classes, args):
@@ -77,10 +86,8 @@ def show(results, classes, args):
         table = [("image", "class", "probability", "runner-up", "")]
         for r in results:
             second = sorted(r["classes"], key=r["classes"].get)[-2]
-            strange = r["familiarity"] is not None and r["familiarity"] < UNLIKE
-            note = "unlike the training images" if strange else ""
             columns = f"{r['probability']:.3f}", f"{second} {r['classes'][second]:.3f}"
-            table.append((r["image"], r["class"], *columns, note))
+            table.append((r["image"], r["class"], *columns, "".join(notes(r))))
         table = [tuple(map(shown, row)) for row in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
@@ -125,8 +132,6 @@ def main():
     results, bad = classify(model, metadata.classes, files, *how)
     print(f"{len(results):,} images by {shown(run)}", file=sys.stderr)
 
-    if args.sheet:
-        draw(results, model, metadata, device, args, run)
     if queries:
         found = {r["image"]: r["class"] for r in results}
         answers = {query: number[found[str(file)]] for query, file in asked.items() if str(file) in found}
@@ -135,6 +140,8 @@ def main():
             zip_submission(answers, args.queries.stem, args.zip)
     else:
         show(results, metadata.classes, args)
+    if args.sheet:
+        draw(results, model, metadata, device, args, run)
     report_bad(bad)
 
 

@@ -168,12 +168,15 @@ def finish(run, splits, model, tokenizer, metadata, state, device, workers, cach
         **untrained,
         "train_seconds": round(state.seconds, 1),
     }
+    print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
     if not rank():
-        write_json(run / "metrics.json", metrics)
         if report:
             calibration.save(run / CALIBRATION)
-            write_report(run / "report.html", run, model, tokenizer, metadata, seen, metrics, device)
-    print(f"best after step {state.best_step}, on {split}:\n{table(metrics)}")
+            where = (
+                "held out, by which the best round and the temperature were chosen" if split == "val" else "held out"
+            )
+            write_report(run / "report.html", run, model, tokenizer, metadata, seen, metrics, device, where)
+        write_json(run / "metrics.json", metrics)  # which says that the training is finished
     print(f"{state.seconds:.0f} s of training; the model is in {shown(run)}", flush=True)
     return metrics
 

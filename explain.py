@@ -30,7 +30,7 @@ from encoding import encode_images, encode_texts
 from errors import UserError, run_script, shown
 from files import whole
 from images import IMAGE_SUFFIXES, load_image, normalize, to_square
-from pictures import TILE, explained, overlay
+from pictures import TILE, explained, overlay, refuse_inputs
 from runs import find_run
 
 
@@ -90,11 +90,21 @@ def explain(model, files, direction, device, batch_size=16):
     return pairs
 
 
-def add_heat(cards, model, direction, device):
-    """Cards of a contact sheet (pictures.py) → the same, each with its map as "heat". direction: as in `explain`."""
-    pairs = explain(model, [card["image"] for card in cards], direction, device)
-    maps = [overlay(square.resize((TILE, TILE)), heat) for square, heat in pairs]
-    return [{**card, "heat": heat} for card, heat in zip(cards, maps, strict=True)]
+def add_heat(cards, model, direction_of, device):
+    """Cards of a contact sheet (pictures.py) → the same, each but the query's with its map as "heat". direction_of: a
+    function from a card to what `explain` takes, (D,)."""
+    some = [card for card in cards if not card.get("query")]
+    if not some:
+        return cards
+    directions = torch.stack([direction_of(card) for card in some])
+    pairs = iter(explain(model, [card["image"] for card in some], directions, device))
+    dressed = []
+    for card in cards:
+        if not card.get("query"):
+            square, heat = next(pairs)
+            card = {**card, "heat": overlay(square.resize((TILE, TILE)), heat)}
+        dressed.append(card)
+    return dressed
 
 
 def main():
@@ -113,6 +123,7 @@ def main():
             f"--out cannot write {args.out}; give it a name that ends in .png or .jpg, in a folder that exists"
         )
     load_image(args.image)  # before anything takes long
+    refuse_inputs(args.out, [args.image])
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = load_run(run, device, args.weights)
     if args.label and args.label not in metadata.classes:

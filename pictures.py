@@ -2,14 +2,16 @@
 
 import colorsys
 import math
+import os
 import re
+import sys
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from errors import counted, shown
+from errors import UserError, counted, shown
 from files import whole
 from images import load_image, to_rgb
 
@@ -63,12 +65,13 @@ def thumbnail(file, frame=None):
     return tile
 
 
-def contact_sheets(cards, classes, title, said, frame=None):
+def contact_sheets(cards, classes, title, said, frame=None, dress=None):
     """Yield pages, Pillow images, of 50 cards each.
 
     A card is a dict: "image", a file, and, as far as known, "rank", "score", "class", what it is, "predicted" and
     "probability", what the model says, "captions", "group", "heat", an image to show instead of it, and "query": it is
-    what was asked by. said: a line below the title; frame: of images.FRAMES."""
+    what was asked by. said: a line below the title; frame: of images.FRAMES; dress: what is to be done to the cards of
+    a page before it is drawn, as maps of all pages at once would take much memory."""
     pages = [cards[first : first + PAGE] for first in range(0, len(cards), PAGE)]
     for number, page in enumerate(pages, start=1):
         columns = max(3, min(COLUMNS, len(page)))  # room for the title
@@ -78,7 +81,7 @@ def contact_sheets(cards, classes, title, said, frame=None):
         more = f", page {number} of {len(pages)}" if len(pages) > 1 else ""
         for y, text, size, colour in ((24, title, 24, WHITE), (54, f"{said}{more}; not a medical device", 14, GREY)):
             draw.text((GAP, y), fit(draw, text, font(size), width - 2 * GAP), colour, font(size), anchor="lm")
-        for i, card in enumerate(page):
+        for i, card in enumerate(dress(page) if dress else page):
             corner = GAP + i % columns * (TILE + GAP), header + i // columns * (TILE + CAPTION + GAP)
             _draw_card(sheet, draw, *corner, card, classes, frame)
         yield sheet
@@ -117,12 +120,29 @@ def _draw_card(sheet, draw, x, y, card, classes, frame):
     draw.text((x + 10, y + TILE + CAPTION - 14), fit(draw, file, font(12), TILE - 20), GREY, font(12), anchor="lm")
 
 
-def write_sheets(file, *sheet, **more):
-    """`contact_sheets` → image files: FILE, FILE-2, …"""
+def write_sheets(file, cards, *sheet, **more):
+    """`contact_sheets` → image files: x.png, x.page-2.png, … Raises UserError where that would overwrite an image that
+    is shown."""
     kind = Image.registered_extensions()[file.suffix.lower()]
-    for number, page in enumerate(contact_sheets(*sheet, **more), start=1):
-        with whole(file if number == 1 else file.with_stem(f"{file.stem}-{number}")) as temporary:
+    refuse_inputs(file, [card["image"] for card in cards])
+    for number, page in enumerate(contact_sheets(cards, *sheet, **more), start=1):
+        with whole(_page_of(file, number)) as temporary:
             page.save(temporary, kind)
+    if number > 1:
+        print(f"the sheet has {number} pages, the last is {shown(_page_of(file, number))}", file=sys.stderr)
+    while (left_over := _page_of(file, number + 1)).is_file():  # of a longer sheet, of another question
+        left_over.unlink()
+        number += 1
+
+
+def _page_of(file, number):
+    return file if number == 1 else file.with_stem(f"{file.stem}.page-{number}")
+
+
+def refuse_inputs(file, inputs):
+    """Raise UserError where a picture is to be written over one of the images that it is made of."""
+    if file.exists() and any(file.samefile(image) for image in inputs if os.path.exists(image)):
+        raise UserError(f"{file} is one of the images themselves; write the picture to another file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

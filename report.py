@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from encoding import encode_texts
 from errors import counted, shown
 from figures import SEARCHES, interval_of, show
-from files import parse_json, read_bytes, write_text
+from files import read_bytes, write_text
 from images import load_image, to_rgb
 from pictures import line_chart, reliability_chart
-from runs import OVERVIEW
+from runs import OVERVIEW, read_log
 from split_file import count_classes
 
 MISTAKES, EXAMPLES, FOUND, SIDE = 12, 5, 5, 160  # SIDE: of a thumbnail, in pixels
@@ -71,7 +71,7 @@ def write_report(file, run, model, tokenizer, metadata, seen, metrics, device, w
     images = counted(len(seen.samples), "image")
     data = f"Trained on {settings.data}, from {settings.weights}; the figures are of {images}, {where}."
     parts = [
-        f"<h1>{text(run.name)}</h1><p class=dim>{text(data)} {time.strftime('%-d %B %Y')}</p>",
+        f"<h1>{text(run.name)}</h1><p class=dim>{text(data)} {time.strftime('%Y-%m-%d')}</p>",
         f"<p class=warn>{DISCLAIMER}</p>",
         f"<div class=row>{_tiles(metrics)}</div>",
         _section("What it was trained on", _trained_on(run, classes)),
@@ -79,7 +79,7 @@ def write_report(file, run, model, tokenizer, metadata, seen, metrics, device, w
         _section("Which classes it recognizes", _classes(metrics, classes)),
         _section("How well searches work", _searches(metrics)),
         _section("How far its probabilities can be trusted", _trust(metrics)),
-        _section("The mistakes it was surest of", _mistakes(seen, classes, metrics["temperature"])),
+        _section("The mistakes it was surest of", _mistakes(seen, classes, metrics.get("temperature", 1))),
         _section("What searches find", _examples(seen, model, tokenizer, metadata, device)),
         _section("Settings and versions", _settings(settings, device)),
     ]
@@ -153,13 +153,12 @@ def _trained_on(run, classes):
 
 
 def _curves(run):
-    file = run / "metrics.jsonl"
-    lines = [parse_json(line) for line in read_bytes(file).decode().splitlines()] if file.is_file() else []
+    lines = read_log(run)
     if len(lines) < 2:
-        return ""
+        return ""  # one point makes no curve
 
     def series(key):
-        return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
 
     figures = {"accuracy": "accuracy", "image→image MRR": "i2i_mrr", "text→image MRR": "t2i_mrr"}
     figures = {name: points for name, key in figures.items() if (points := series(key))}
@@ -201,6 +200,8 @@ def _searches(metrics):
 
 
 def _trust(metrics):
+    if "ece" not in metrics:
+        return ""  # an old run, or an interrupted one
     before, after, T = (metrics[key] for key in ("ece_uncalibrated", "ece", "temperature"))
     said = f"""Of the images that get their class with a probability of 0.9, nine in ten should be right. How far that
 is from the truth, on average over all images, is the calibration error: {before:.3f} as the model says, {after:.3f}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from archive import Archive, about, mixed, nearest, unknown_words, vocabulary
+from archive import Archive, Vocabulary, about, mixed, nearest
 from build import load_run
 from calibration import CALIBRATION, Calibration
 from checkpoint import save_tensors
@@ -32,12 +32,12 @@ from cli import (
 )
 from encoding import describe_cut, encode_texts
 from entrep import find_queries, name_images, read_queries, zip_submission
-from errors import UserError, run_script, shown
+from errors import UserError, counted, run_script, shown
 from explain import add_heat
 from files import whole
 from images import load_image
 from index import index_images
-from pictures import write_sheets
+from pictures import refuse_inputs, write_sheets
 from runs import find_run, finished
 from serve import Site, serve
 from split_file import trained_captions
@@ -90,12 +90,16 @@ COLUMNS = ("rank", "score", "image", "class", "predicted", "probability", "capti
 def show(archive, results, query, text, args, run):
     """Print the results of a query, and draw them if asked for."""
     if args.sheet:
-        cards = add_heat(results, archive.model, query[0], archive.device) if args.explain else results
-        cards = [{"image": args.image, "query": True}, *cards] if args.image else cards
+        cards = [{"image": args.image, "query": True}, *results] if args.image else results
+
+        def dress(page):
+            return add_heat(page, archive.model, lambda card: query[0], archive.device)
+
         title = " + ".join([f"“{text}”"] * bool(text) + [args.image.name if args.image else ""] * bool(args.image))
         said = f"the {len(results)} nearest of {len(archive.samples):,} images by cosine; run {run.name}"
         frame = archive.model.clip.config.preprocessing.frame
-        write_sheets(args.sheet, cards, archive.metadata.classes, title, said, frame)
+        dressed = dress if args.explain else None
+        write_sheets(args.sheet, cards, archive.metadata.classes, title, said, frame, dressed)
     results = [{column: r[column] for column in COLUMNS} for r in results]
     if args.json:
         print_json(results)
@@ -107,6 +111,30 @@ def show(archive, results, query, text, args, run):
         writer.writerows(["" if value is None else name(value) for value in row.values()] for row in rows)
     else:
         print_table(results)
+
+
+def answer(archive, bad, args, run):
+    """The query of the command line, those that are typed, or those of the page."""
+    same = (i for i, s in enumerate(archive.samples) if args.image and s.image.resolve() == args.image.resolve())
+    own = next(same, None)
+    if own is not None and len(archive.groups.get(archive.samples[own].group, [])) == len(archive.samples):
+        raise UserError("there is nothing to search but the query's own group; name other images by --data")
+    archive.calibration = Calibration.load(run / CALIBRATION, archive.gallery.shape[1])
+    vocabulary = Vocabulary(archive.metadata, trained_captions(run))
+    header = about(run, archive.metadata, len(archive.samples), finished(run))
+    print(shown(header["line"]), file=sys.stderr)
+    if args.serve:
+        if bad:
+            print(f"note: {counted(len(bad), 'image')} could not be read; they are listed at the end", file=sys.stderr)
+        serve(Site(archive, {**header, "top": args.top, "per_group": args.per_group}, vocabulary), args.open)
+        return
+    for text in [args.text] if args.text or args.image else ask():
+        cut = describe_cut(archive.tokenizer, [text or ""], archive.model.clip.config.context_length)
+        note = vocabulary.note(text or "")
+        print(cut + (f"note: {shown(note)}\n" if note else ""), end="", file=sys.stderr)
+        of_text, of_image = text and archive.of_text(text), args.image and archive.of_image(args.image)
+        query = mixed(of_text, of_image, args.mix)
+        show(archive, archive.search(query, args.top, None, args.per_group, own), query, text, args, run)
 
 
 def ask():
@@ -144,11 +172,18 @@ def parse_arguments():
     parser.add_argument("--open", action="store_true", help="with --serve: show the page in the browser")
     add_query_flags(parser, "i2i.csv or t2i.csv gives {query: image}, from the images of --data")
     args = parser.parse_args()
-    check_query_flags(args, "text", "image", "sheet")
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser, args):
+    check_query_flags(args, "text", "image", "sheet", "csv")
     check_sheet(args)
     args.text = args.text and args.text.strip()
     args.asks = not (args.text or args.image or args.queries or args.embeddings or args.index_only or args.serve)
-    if args.serve and (args.text or args.image or args.queries or args.index_only or args.sheet or args.json):
+    if args.serve and (
+        args.text or args.image or args.queries or args.index_only or args.sheet or args.json or args.csv
+    ):
         raise UserError("--serve takes its questions from the page; leave out the other ones")
     if args.open and not args.serve:
         raise UserError("--open has no effect without --serve; leave it out")
@@ -174,7 +209,8 @@ def parse_arguments():
         load_image(args.image)  # before anything takes long
     if args.sheet and args.top > 200:
         raise UserError("contact sheets have room for 200 images; use a smaller --top")
-    return args
+    if args.sheet and args.image:
+        refuse_inputs(args.sheet, [args.image])
 
 
 def main():
@@ -200,22 +236,8 @@ def main():
         print_json(answers)
         if args.zip:
             zip_submission(answers, args.queries.stem, args.zip)
-    header = about(run, metadata, len(files), finished(run))
     if args.text or args.image or args.asks or args.serve:
-        print(shown(header["line"]), file=sys.stderr)
-    texts = [args.text] if args.text or args.image else ask() if args.asks else []
-    calibration = Calibration.load(run / CALIBRATION, gallery.shape[1])
-    archive = Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device, calibration)
-    known = vocabulary(metadata, trained_captions(run))
-    own = next((i for i, file in enumerate(files) if args.image and file.resolve() == args.image.resolve()), None)
-    if args.serve:
-        serve(Site(archive, header, known), args.open)
-    for text in texts:
-        print(describe_cut(tokenizer, [text or ""], model.clip.config.context_length), end="", file=sys.stderr)
-        of_text, of_image = text and archive.of_text(text), args.image and archive.of_image(args.image)
-        query = mixed(of_text, of_image, args.mix)
-        print(f"note: {shown(note)}\n" if (note := unknown_words(text or "", known)) else "", end="", file=sys.stderr)
-        show(archive, archive.search(query, args.top, None, args.per_group, own), query, text, args, run)
+        answer(Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device), bad, args, run)
     report_bad(bad)
 
 

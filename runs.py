@@ -233,16 +233,22 @@ def resume(run, saved, metadata, model, optimization, device):
     return saved.state
 
 
+def read_log(run):
+    """→ the lines of metrics.jsonl, dicts, but for damaged ones."""
+    file, lines = run / "metrics.jsonl", []
+    for text in read_bytes(file).decode("utf-8", "replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            line = parse_json(text)
+            lines += [line] if isinstance(line, dict) and isinstance(line.get("step"), int) else []
+    return lines
+
+
 def log(run, step, line=None):
     """Drop the lines of metrics.jsonl after a step, and append one, a JSON object."""
     if rank():
         return
-    file, lines = run / "metrics.jsonl", []
-    for text in read_bytes(file).decode("utf-8", "replace").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
-            lines += [text] if parse_json(text)["step"] <= step else []
-    lines += [json.dumps(line)] if line else []
-    write_text(file, "".join(f"{text}\n" for text in lines))
+    lines = [each for each in read_log(run) if each["step"] <= step] + ([line] if line else [])
+    write_text(run / "metrics.jsonl", "".join(f"{json.dumps(each)}\n" for each in lines))
 
 
 def keep(run, metadata, state, optimization, best=False):

@@ -2,20 +2,23 @@
 
 Python's own http.server gives a browser page.html, and answers what that asks for:
 
-    GET  /                the page                       POST /search   JSON in and out: {"text", "image", "mix", …}
-    GET  /about           what is searched, and by what  POST /upload   an image → {"image": its name}
-    GET  /image/7         image 7 as a JPEG, whatever    GET  /heat/3/7     where the model looked in image 7, for
-                          it is; /thumb/7 a small one                       question 3
+    GET  /KEY/            the page                       POST /KEY/search   JSON in and out: {"text", "image", …}
+    GET  /KEY/about       what is searched, and by what  POST /KEY/upload   an image → {"image": its name}
+    GET  /KEY/image/7     image 7 as a JPEG, whatever    GET  /KEY/heat/3/7 where the model looked in image 7, for
+                          it is; thumb/7 a small one                        question 3
 
-Other pages that the browser has open, and other machines, must not reach it. It listens on 127.0.0.1 only. It answers
+Other machines, other users of this one, and other pages that the browser has open must not reach it. It listens on
+127.0.0.1 only. The printed address holds a KEY, drawn anew each time, without which nothing is answered. It answers
 only if the request's Host is that address: a foreign name that is made to mean 127.0.0.1 (*DNS rebinding*) shows there.
 It refuses what another page sends, which shows in Origin and Sec-Fetch-Site. Images are asked for by number, never by
 path, and leave as JPEGs made here. What is uploaded is bounded, decoded as an image, kept in memory and forgotten. It
 writes no file.
 """
 
+import contextlib
 import io
 import json
+import secrets
 import sys
 import threading
 import webbrowser
@@ -26,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from archive import mixed, unknown_words
+from archive import mixed
 from errors import UserError, reason
 from explain import explain
 from files import parse_json
@@ -53,9 +56,9 @@ class Refused(Exception):
 class Site:
     """What the page asks for. One question at a time uses the model."""
 
-    def __init__(self, archive, about, known):
-        """about, known: as archive.about and archive.vocabulary give them."""
-        self.archive, self.known, self.lock = archive, known, threading.Lock()
+    def __init__(self, archive, about, vocabulary):
+        """about: what the page should know at first, as archive.about gives it; vocabulary: archive.Vocabulary."""
+        self.archive, self.vocabulary, self.lock = archive, vocabulary, threading.Lock()
         self.about = {**about, "groups": bool(archive.groups)}
         self.uploads, self.queries, self.count = OrderedDict(), OrderedDict(), 0
         labels = [sample.label for sample in archive.samples]
@@ -94,13 +97,15 @@ class Site:
         mix, top = asked.get("mix", 0.5), asked.get("top", 20)
         if not isinstance(mix, (int, float)) or not 0 <= mix <= 1 or not isinstance(top, int) or top < 1:
             raise Refused(HTTPStatus.BAD_REQUEST, "mix is a number from 0 to 1, top a whole number")
-        query, rows = mixed(text, image, mix), self.rows.get(asked.get("class")) if asked.get("class") else None
-        if asked.get("class") and rows is None:
-            raise Refused(HTTPStatus.BAD_REQUEST, "there is no such class")
+        query, rows, label = mixed(text, image, mix), None, asked.get("class") or None
+        if label is not None:
+            if label not in self.archive.metadata.classes:
+                raise Refused(HTTPStatus.BAD_REQUEST, "there is no such class")
+            rows = self.rows.get(label, torch.empty(0, dtype=torch.int64))
         found = self.archive.search(query, min(top, MOST_FOUND), rows, asked.get("frames") is not True, own)
         shown = ("score", "class", "predicted", "probability", "captions", "group", "of_group")
         cards = [{"number": r["row"], "name": Path(r["image"]).name} | {key: r[key] for key in shown} for r in found]
-        return {"query": self._remember(self.queries, query), "found": cards, "note": unknown_words(words, self.known)}
+        return {"query": self._remember(self.queries, query), "found": cards, "note": self.vocabulary.note(words)}
 
     def number(self, text):
         """→ the row of an image."""
@@ -141,10 +146,11 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _get(self):
-        site, (kind, _, name) = self.server.site, self.path.removeprefix("/").partition("/")
-        if self.path == "/":
+        site, path = self.server.site, self._path()
+        kind, _, name = path.partition("/")
+        if not path:
             return "text/html; charset=utf-8", PAGE.read_bytes()
-        if self.path == "/about":
+        if path == "about":
             return _json(site.about)
         if kind in ("image", "thumb"):
             return "image/jpeg", site.picture(name, WHOLE if kind == "image" else THUMB)
@@ -154,11 +160,12 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _post(self):
-        site, most = self.server.site, {"/upload": LARGEST_UPLOAD, "/search": 10 * LONGEST_QUESTION}.get(self.path)
+        site, path = self.server.site, self._path()
+        most = {"upload": LARGEST_UPLOAD, "search": 10 * LONGEST_QUESTION}.get(path)
         if most is None:
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
         content = self._body(most)
-        if self.path == "/upload":
+        if path == "upload":
             with site.lock:
                 return _json(site.upload(content))
         try:
@@ -169,6 +176,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.BAD_REQUEST, "this is no JSON object")
         with site.lock:
             return _json(site.search(asked))
+
+    def _path(self):
+        """→ what follows the key."""
+        key, _, path = self.path.removeprefix("/").partition("/")
+        if not secrets.compare_digest(key.encode("latin-1", "replace"), self.server.key.encode()):
+            raise Refused(HTTPStatus.FORBIDDEN, "the address is not that which was printed")
+        return path
 
     def _body(self, most):
         length = self.headers.get("Content-Length", "")
@@ -226,6 +240,11 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
+    def __init__(self, site):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.site, self.key = site, secrets.token_urlsafe(16)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}/{self.key}/"
+
     def handle_error(self, request, address):
         problem = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
         if not isinstance(problem, (ConnectionError, TimeoutError)):
@@ -238,10 +257,8 @@ def _json(value):
 
 def serve(site, open_page):
     """Answer until Ctrl-C. open_page: show it in the user's browser."""
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.site = site
-        address = f"http://127.0.0.1:{server.server_address[1]}/"
-        print(f"search at {address}, until Ctrl-C", flush=True)
+    with Server(site) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"search at {server.address} until Ctrl-C", flush=True)
         if open_page:
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
         server.serve_forever()

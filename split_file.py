@@ -102,9 +102,10 @@ def trained_images(run):
 
 
 def trained_captions(run):
-    """→ all captions that a run was trained with."""
-    rows = _kept_rows(run) if (run / "split.csv").is_file() else []
-    return {row[2] for row in rows if row[4] == "train" and row[2]}
+    """→ all captions that a run was trained with; None where its split.csv is missing."""
+    if not (run / "split.csv").is_file():
+        return None
+    return {row[2] for row in _kept_rows(run) if row[4] == "train" and row[2]}
 
 
 def count_classes(run):

@@ -163,8 +163,11 @@ def test_a_run_without_a_calibration_works_and_a_prolonged_one_gets_a_new_one(sc
     (tmp_path / "run" / CALIBRATION).unlink()
     status, out, _ = script(evaluate, "--run", "run", "--json")
     found, kept = json.loads(out), json.loads((trained / "metrics.json").read_text())
-    assert status == 0 and found["temperature"] == 1 and found["ece"] == found["ece_uncalibrated"]
-    assert found["accuracy"] == kept["accuracy"] and found["ece"] == pytest.approx(kept["ece_uncalibrated"])
+    assert status == 0 and found["accuracy"] == kept["accuracy"] and "ece" not in found and "ece" in kept
+    status, _, err = script(evaluate, "--run", "run", "--report", "out.html")
+    assert status == 0 and "How far its probabilities" not in (tmp_path / "out.html").read_text(encoding="utf-8"), err
+    status, out, _ = script(classify, "--run", "run", "--json")
+    assert status == 0 and {r["familiarity"] for r in json.loads(out)} == {None}
     steps = str(kept["step"] + 200)
     status, _, err = script(train, "--resume", "--run", "run", "--steps", steps, "--device", "cpu")
     assert status == 0, err

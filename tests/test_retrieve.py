@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,13 @@ from shapes import SHAPES, draw
 import build
 import classify
 import encoding
+import explain
 import index
+import pictures as pictures_module
 import retrieve
 import train
+from archive import Vocabulary, words
+from checkpoint import read_safetensors
 from data import load_dataset
 from pictures import class_look, contact_sheets
 
@@ -128,6 +133,32 @@ def test_a_sheet_has_pages_and_shows_what_is_cut_away(tmp_path):
     differ = np.asarray(whole).astype(int) != np.asarray(cut)
     rows, columns = np.nonzero(differ.any(2))
     assert [rows.min() - 76, rows.max() - 76, columns.min() - 16, columns.max() - 16] == [56, 167, 56, 167]
+
+
+def test_sheets_overwrite_no_image_and_leave_no_old_pages(script, trained, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures_module, "PAGE", 4)
+    flags = "--run", trained, "--text", "red", "--sheet", "o.png"
+    Image.new("RGB", (5, 5)).save(tmp_path / "o-2.png")
+    status, _, err = script(retrieve, *flags, "--top", 9)
+    assert status == 0 and "the sheet has 3 pages, the last is o.page-3.png" in err
+    assert Image.open(tmp_path / "o-2.png").size == (5, 5) and (tmp_path / "o.page-3.png").exists()
+    assert script(retrieve, *flags, "--top", 5)[0] == 0
+    assert sorted(path.name for path in tmp_path.glob("o*")) == ["o-2.png", "o.page-2.png", "o.png"]
+    image = shutil.copy(pictures / "images/half-left/0.png", tmp_path / "query.png")
+    before = Path(image).read_bytes()
+    for module, flag in ((retrieve, "--sheet"), (explain, "--out")):
+        given = ("--image", image) if module is retrieve else (image,)
+        assert "one of the images themselves" in mistake(script(module, "--run", trained, *given, flag, image))
+    assert Path(image).read_bytes() == before
+
+
+def test_the_sheet_of_unsure_images_names_the_class(script, trained, pictures, tmp_path, monkeypatch):
+    cards = []
+    monkeypatch.setattr(classify, "write_sheets", lambda file, made, *rest: cards.extend(made))
+    flags = "--run", trained, pictures / "images", "--unsure", 1, "--sheet", "s.png"
+    assert script(classify, *flags)[0] == 0
+    assert len(cards) == 18 and {card["predicted"] for card in cards} <= set(SHAPES)
+    assert all(card["captions"][0] == "unsure" for card in cards)
 
 
 def test_classes_have_colours_of_their_own_and_none_is_red():
@@ -268,13 +299,44 @@ def test_an_image_query_leaves_out_its_own_group(script, trained, pictures):
     assert status == 0 and len(results) == 16 and own not in {r["group"] for r in results}
 
 
-def test_words_that_training_never_saw_are_named(script, trained):
-    status, _, err = script(retrieve, "--run", trained, "--text", "a red cat on the left")
-    assert status == 0 and "note: training never saw: cat\n" in err
-    _, _, err = script(retrieve, "--run", trained, "--text", "a photo of a cat, purring; red")
-    assert "purring; probably nothing here matches\n" in err
-    _, _, err = script(retrieve, "--run", trained, "--text", "RED shape on the LEFT")
-    assert "note" not in err
+def test_words_that_training_never_saw_are_named(script, trained, pictures, tmp_path):
+    for text, note in (
+        ("a red cat on the left", "note: training never saw: cat; the base model may know it\n"),
+        ("RED shapes, on the LEFT: a shape!", ""),
+        ("T1a", "never saw: t1a;"),
+    ):
+        status, _, err = script(retrieve, "--run", trained, "--text", text)
+        assert status == 0 and (note in err if note else "note" not in err)
+    shutil.copytree(trained, tmp_path / "shared")  # without its captions, nobody knows what it has read
+    (tmp_path / "shared/split.csv").unlink()
+    weights = read_safetensors(trained / "adapter.safetensors")[1]["base"]["weights"]
+    flags = "--run", "shared", "--weights", weights, "--data", pictures / "images"
+    status, _, err = script(retrieve, *flags, "--text", "a cat")
+    assert status == 0 and "never saw" not in err, err
+
+
+def test_words_by_hand():
+    found = words("The left ear-drum, “perforated” at 7 o'clock; no T1a.")
+    assert found == ["left", "ear", "drum", "perforated", "7", "o'clock", "t1a"]
+    assert words("कान का परदा") == ["कान", "का", "परदा"]
+    assert words("左耳") == [] and words("tai trái") == ["tai", "trái"]
+    settings = SimpleNamespace(weights="phantom")
+    metadata = SimpleNamespace(classes=["ear-left"], prompts={"ear-left": ["a left eardrum"]}, settings=settings)
+    vocabulary = Vocabulary(metadata, {"wax"})
+    assert vocabulary.note("left ears, eardrums and some wax") == ""
+    assert vocabulary.note("a cat in the left ear") == "training never saw: cat"
+    assert vocabulary.note("a purring cat, left") == "training never saw: purring, cat; probably nothing here matches"
+    assert Vocabulary(metadata, None).note("a cat") == ""
+
+
+def test_nothing_but_the_querys_own_group_is_said(script, trained, pictures, tmp_path):
+    rows = [
+        row for row in csv.DictReader(io.StringIO((pictures / "manifest.csv").read_text())) if "left 0" in row["group"]
+    ]
+    lines = ["image,label,group", *(f"{pictures / row['image']},{row['label']},{row['group']}" for row in rows)]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    flags = "--run", trained, "--data", tmp_path / "m.csv", "--image", pictures / rows[0]["image"]
+    assert len(rows) == 2 and "query's own group" in mistake(script(retrieve, *flags))
 
 
 def test_a_folders_name_is_a_label_only_if_the_run_knows_it(script, trained, pictures, tmp_path):

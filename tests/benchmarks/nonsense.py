@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from archive import vocabulary, words
+from archive import Vocabulary, stem, words
 from build import load_run
 from encoding import encode_texts
 from index import index_images
@@ -62,7 +62,9 @@ swollen uvula in the throat
 red throat
 normal throat
 picture of the left ear
-picture of the right nose"""
+picture of the right nose
+eardrums with perforations
+adhesions of the eardrum"""
 LARYNX = """tumor on the vocal fold
 a vocal fold with a tumor before the operation
 instruments on the vocal folds
@@ -128,8 +130,8 @@ def scores(run, texts):
     known = unit(texts_of(metadata, samples))
     queries, neutral = unit(texts), unit(NEUTRAL)
     cosines, nearest = queries @ gallery.T, (queries @ gallery.T).amax(1)
-    trained = vocabulary(metadata, trained_captions(run))
-    share = torch.tensor([sum(word in trained for word in words(t)) / max(1, len(words(t))) for t in texts])
+    trained = Vocabulary(metadata, trained_captions(run)).words
+    share = torch.tensor([sum(stem(word) in trained for word in words(t)) / max(1, len(words(t))) for t in texts])
     own = (known @ gallery.T).amax(1).sort().values
     return {
         "nearest": nearest,
