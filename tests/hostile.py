@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import ablate
 import classify
 import evaluate
+import explain
 import retrieve
 import train
 import trust
@@ -171,7 +172,7 @@ class Hostile:
     """fixtures: a folder for what is made here once. pictures, base, run: as tests/conftest.py has them."""
 
     KINDS = ("flags", "images", "manifest", "entrep", "prompts", "weights", "configs", "merges", "metadata", "resume")
-    KINDS += ("index", "queries")
+    KINDS += ("index", "queries", "report")
 
     def __init__(self, fixtures, pictures, base, run):
         self.pictures, self.base, self.run = Path(pictures), Path(base), Path(run)
@@ -238,6 +239,7 @@ class Hostile:
                 (classify, ["--run", self.run, self.pictures / "images/half-left/0.png"]),
                 (retrieve, ["--run", self.run, "--data", self.pictures / "images/half-left", "--text", "red"]),
                 (evaluate, ["--run", self.run, "--data", self.pictures / "images"]),
+                (explain, ["--run", self.run, self.pictures / "images/half-left/0.png"]),
                 (export, [self.run, folder / "out"]),
                 (ablate, [*training, "--vary", "slerp=0", "--seeds", 0, "--folder", folder / "ablation"]),
                 (download, ["--folder", folder / "weights", "--endpoint", "http://127.0.0.1:9"]),
@@ -250,7 +252,7 @@ class Hostile:
         known = sorted({word for word in help_text.getvalue().replace(",", " ").split() if word.startswith("--")})
         given += ["--device", "cpu", "--workers", 0] if module not in (download, export) else []
         for _ in range(rng.choice((1, 1, 2))):
-            flag = rng.choice([f for f in known if f not in ("--help", "--steps")] + ["--unknown"])
+            flag = rng.choice([f for f in known if f not in ("--help", "--steps", "--compile")] + ["--unknown"])
             given += rng.choice([[flag, rng.choice(TEXTS)], [f"{flag}={rng.choice(TEXTS)}"], [flag]])
         self.script(module, *given)
 
@@ -419,3 +421,19 @@ class Hostile:
             file = rng.choice((lines, rows))
             file.write_bytes(mutate(file.read_bytes(), rng, rng.choice((8, 2000, None))))
         self.script(retrieve, *flags)
+
+    def report(self, rng, folder):
+        """What a finished run leaves for its readers, damaged."""
+        shutil.copytree(self.run, folder / "run")
+        file = folder / "run" / rng.choice(("calibration.safetensors", "metrics.json", "metrics.jsonl", "overview.txt"))
+        content = file.read_bytes()
+        if file.suffix.startswith(".json") and rng.random() < 0.8:
+            lines = content.splitlines() if file.suffix == ".jsonl" else [content]
+            lines[rng.randrange(len(lines))] = odd_json(rng.choice(lines), rng)
+            file.write_bytes(b"\n".join(lines))
+        else:
+            file.write_bytes(mutate(content, rng, rng.choice((8, 2000, None))))
+        flags = ["--run", "run", "--data", self.pictures / "images", "--workers", 0, "--device", "cpu"]
+        self.script(evaluate, *flags, "--report", "report.html")
+        self.script(retrieve, *flags, "--text", "red")
+        self.script(classify, *flags[:2], self.pictures / "images/half-left/0.png", "--workers", 0, "--device", "cpu")
