@@ -11,6 +11,7 @@ import torch
 from calibration import Calibration
 from encoding import encode_images, encode_texts
 from errors import UserError
+from images import find_duplicates, look_at
 from kernels import slerp, top_k
 from prompts import plain_name
 
@@ -47,12 +48,12 @@ class Archive:
 
     def search(self, query, top, rows=None, per_group=False, without=None):
         """The images most similar to the query, (1, D) → a dict each, best first: rank, score (the cosine), image,
-        class (None where unknown), predicted class and its probability, captions, group, row, that of the gallery, and
-        of_group, how many images its group has here.
+        class (None where unknown), predicted class and its probability, captions, group, row, that of the gallery,
+        of_group, how many images its group has here, and copies, how many that were found are copies of it.
 
         rows: (M,), which of them are searched; without it all are. per_group: only the nearest of each group, as the
-        frames of a video are nearly the same picture. without: a row; it and its group are left out, as the evaluation
-        does it."""
+        frames of a video are nearly the same picture, and of copies. without: a row; it and its group are left out, as
+        the evaluation does it."""
         own = [] if without is None else self.groups.get(self.samples[without].group, [without])
         searched = self.gallery if rows is None else self.gallery[rows]
         count, chosen, left_out = top + len(own), [], set(own)
@@ -69,9 +70,24 @@ class Archive:
             if len(chosen) >= top or count >= len(searched):
                 break
             count *= 4  # they were of few groups
-        return self._describe(chosen[:top]) if chosen else []
+        copies = {}
+        if per_group:
+            chosen, copies = self._without_copies(chosen[: 2 * top])
+        return self._describe(chosen[:top], copies) if chosen else []
 
-    def _describe(self, chosen):
+    def _without_copies(self, chosen):
+        """(row, score) pairs, best first → the same without copies of better ones, and {row: how many there were}. An
+        embedding does not tell copies from images that are alike; what they look like does (images.py)."""
+        looks, _ = look_at([self.samples[row].image for row, _ in chosen], workers=0)
+        number = {image: i for i, same in enumerate(find_duplicates(looks)) for image in same}
+        first, copies = {}, {}
+        for row, score in chosen:
+            key = number.get(self.samples[row].image, self.samples[row].image)
+            best, _ = first.setdefault(key, (row, score))
+            copies[best] = copies.get(best, -1) + 1
+        return list(first.values()), copies
+
+    def _describe(self, chosen, copies):
         with torch.inference_mode():
             found = self.gallery[[i for i, _ in chosen]].float().to(self.device)
             sure, predicted = self.calibration.probabilities(self.model.classify(found).cpu()).max(1)
@@ -81,7 +97,7 @@ class Archive:
             result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
             result |= {"class": sample.label, "predicted": self.metadata.classes[c], "probability": round(p, 4)}
             result |= {"captions": sample.captions, "group": sample.group, "row": i}
-            results.append(result | {"of_group": len(self.groups.get(sample.group, [i]))})
+            results.append(result | {"of_group": len(self.groups.get(sample.group, [i])), "copies": copies.get(i, 0)})
         return results
 
 

@@ -116,7 +116,9 @@ def _draw_card(sheet, draw, x, y, card, classes, frame):
         draw.text((x + TILE - 10, y + TILE + 20), f"{card['score']:.3f}", WHITE, font(16), anchor="rm")
     words = "; ".join(card.get("captions") or ())
     draw.text((x + 10, y + TILE + 82), fit(draw, words, font(13), TILE - 20, lines=2), WHITE, font(13))
-    file = Path(card["image"]).name + (f", {card['group']}" if card.get("group") else "")
+    alike = [f"{card['group']}, {card.get('of_group', 1)} images"] if card.get("group") else []
+    alike += [f"{card['copies']} copies"] if card.get("copies") else []
+    file = "; ".join([Path(card["image"]).name, *alike])
     draw.text((x + 10, y + TILE + CAPTION - 14), fit(draw, file, font(12), TILE - 20), GREY, font(12), anchor="lm")
 
 

@@ -84,7 +84,7 @@ def print_table(results):
         print(f"{r['rank']:4}  {r['score']:.3f}  {name:{width}}  {shown(r['image'])}")
 
 
-COLUMNS = ("rank", "score", "image", "class", "predicted", "probability", "captions", "group", "of_group")
+COLUMNS = ("rank", "score", "image", "class", "predicted", "probability", "captions", "group", "of_group", "copies")
 
 
 def show(archive, results, query, text, args, run):
@@ -156,7 +156,7 @@ def parse_arguments():
         "--per-group",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="show only the nearest image of each group, as those of a video are nearly the same",
+        help="show only the nearest image of each group, as those of a video are nearly the same, and of copies",
     )
     parser.add_argument("--top", type=positive_int, default=10, help="how many images to show")
     form = parser.add_mutually_exclusive_group()

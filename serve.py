@@ -103,7 +103,7 @@ class Site:
                 raise Refused(HTTPStatus.BAD_REQUEST, "there is no such class")
             rows = self.rows.get(label, torch.empty(0, dtype=torch.int64))
         found = self.archive.search(query, min(top, MOST_FOUND), rows, asked.get("frames") is not True, own)
-        shown = ("score", "class", "predicted", "probability", "captions", "group", "of_group")
+        shown = ("score", "class", "predicted", "probability", "captions", "group", "of_group", "copies")
         cards = [{"number": r["row"], "name": Path(r["image"]).name} | {key: r[key] for key in shown} for r in found]
         return {"query": self._remember(self.queries, query), "found": cards, "note": self.vocabulary.note(words)}
 

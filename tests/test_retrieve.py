@@ -82,7 +82,7 @@ def test_only_new_and_changed_images_are_encoded_again(script, base, pictures, t
 
     def search():
         encoded.clear()
-        status, out, err = script(retrieve, "--text", "red", "--json")  # the newest run, and its data
+        status, out, err = script(retrieve, "--text", "red", "--json", "--no-per-group")  # the newest run, and its data
         assert status == 0, err
         return json.loads(out), sum(map(len, encoded))
 
@@ -289,6 +289,21 @@ def test_groups_are_one_card_each_unless_all_are_asked_for(script, trained):
     assert {r["of_group"] for r in nearest} == {2} and [r["rank"] for r in nearest] == list(range(1, 10))
     for top in (1, 3, 5):
         assert [r["image"] for r in found("--top", top)] == [r["image"] for r in nearest[:top]]
+
+
+def test_copies_are_one_card(script, trained, pictures, tmp_path):
+    for name, label in (("a", "half-left"), ("b", "half-right"), ("c", "field-green")):
+        image = Image.open(pictures / "images" / label / "0.png").convert("RGB").resize((300, 300))
+        image.save(tmp_path / f"{name}.png")
+        if name != "c":
+            image.resize((210, 210)).save(tmp_path / f"{name}2.jpg", quality=60)
+    image.save(tmp_path / "c3.bmp")
+    flags = "--run", trained, "--data", tmp_path, "--text", "red", "--json"
+    status, out, err = script(retrieve, *flags)
+    assert status == 0, err
+    assert sorted((Path(r["image"]).stem[0], r["copies"]) for r in json.loads(out)) == [("a", 1), ("b", 1), ("c", 1)]
+    _, out, _ = script(retrieve, *flags, "--no-per-group")
+    assert len(json.loads(out)) == 6 and {r["copies"] for r in json.loads(out)} == {0}
 
 
 def test_an_image_query_leaves_out_its_own_group(script, trained, pictures):

@@ -158,7 +158,8 @@ def search(script, trained, pictures, tmp_path, monkeypatch):
 
     def run(gallery="gallery"):
         encoded.clear()
-        status, out, err = script(retrieve, "--run", "run", "--data", gallery, "--text", "red", "--json", "--top", 99)
+        flags = "--text", "red", "--json", "--top", 99, "--no-per-group"
+        status, out, err = script(retrieve, "--run", "run", "--data", gallery, *flags)
         assert status == 0, err
         return {Path(r["image"]).name + r["class"]: r["score"] for r in json.loads(out)}, list(encoded)
 
