@@ -33,7 +33,7 @@ class Archive:
         self.model, self.tokenizer, self.metadata, self.device = model, tokenizer, metadata, device
         self.calibration = calibration or Calibration()
         self.samples, self.gallery = [_known_label(sample, metadata.classes) for sample in samples], gallery
-        self.groups = {}  # group: its rows
+        self.groups, self.looks = {}, {}  # group: its rows; image: what tells copies of it
         for row, sample in enumerate(self.samples):
             if sample.group:
                 self.groups.setdefault(sample.group, []).append(row)
@@ -56,7 +56,7 @@ class Archive:
         the evaluation does it."""
         own = [] if without is None else self.groups.get(self.samples[without].group, [without])
         searched = self.gallery if rows is None else self.gallery[rows]
-        count, chosen, left_out = top + len(own), [], set(own)
+        count, chosen, copies, left_out = 2 * top + len(own), [], {}, set(own)
         while len(searched):
             scores, found = nearest(query, searched, count)
             found = found[0] if rows is None else rows[found[0]]
@@ -66,20 +66,19 @@ class Archive:
                 first = {}
                 for row, score in chosen:
                     first.setdefault(self.samples[row].group or row, (row, score))
-                chosen = list(first.values())
+                chosen, copies = self._without_copies(list(first.values()))
             if len(chosen) >= top or count >= len(searched):
                 break
-            count *= 4  # they were of few groups
-        copies = {}
-        if per_group:
-            chosen, copies = self._without_copies(chosen[: 2 * top])
+            count *= 4  # they were of few groups, or copies
         return self._describe(chosen[:top], copies) if chosen else []
 
     def _without_copies(self, chosen):
         """(row, score) pairs, best first → the same without copies of better ones, and {row: how many there were}. An
         embedding does not tell copies from images that are alike; what they look like does (images.py)."""
-        looks, _ = look_at([self.samples[row].image for row, _ in chosen], workers=0)
-        number = {image: i for i, same in enumerate(find_duplicates(looks)) for image in same}
+        files = [self.samples[row].image for row, _ in chosen]
+        self.looks |= look_at([file for file in files if file not in self.looks], workers=0)[0]
+        same = find_duplicates({file: self.looks[file] for file in files if file in self.looks})
+        number = {image: i for i, images in enumerate(same) for image in images}
         first, copies = {}, {}
         for row, score in chosen:
             key = number.get(self.samples[row].image, self.samples[row].image)
@@ -165,12 +164,10 @@ def _joined(letter):
 
 def about(run, metadata, count, metrics):
     """What stands above every answer: the run, its classes, the number of images, figures, its date."""
-    figures = {}
-    if metrics:
-        names = {"accuracy": "accuracy", "i2i_mrr": "image→image MRR", "t2i_mrr": "text→image MRR"}
-        figures = {name: round(metrics[key], 3) for key, name in names.items() if isinstance(metrics.get(key), float)}
+    names = {"accuracy": "accuracy", "i2i_mrr": "image→image MRR", "t2i_mrr": "text→image MRR"}
+    known = {name: (metrics or {}).get(key) for key, name in names.items()}
+    held_out = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if isinstance(value, float))
     date = time.strftime("%Y-%m-%d", time.localtime((run / "adapter.safetensors").stat().st_mtime))
-    held_out = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
     line = f"{run}, {date}: {count:,} images, {len(metadata.classes)} classes"
     line += f"; held out: {held_out}" if held_out else ""
     return {"line": f"{line}; not a medical device", "classes": metadata.classes}

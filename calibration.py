@@ -12,7 +12,8 @@ A classifier has to choose one of its classes, even for a photograph of a cat. W
 to the training images. `familiarity` compares the cosine of the nearest one with those of the validation images, which
 the model has not seen either.
 
-Exercise: multiply the logits of `main` by 3. T becomes three times as large, and everything after it stays the same.
+Exercise: multiply the logits of `main` by 3. The line “before” gets much worse. T becomes almost three times as large,
+and so the line “after” hardly changes.
 """
 
 import math
@@ -115,13 +116,14 @@ class Calibration:
         """(N, C), (N,) of the images that are scored → the figures by the names of metrics.json; none without a fit."""
         if self.known is None:
             return {}
-        before, after = (reliability(p, labels) for p in (logits.double().softmax(1), self.probabilities(logits)))
+        calibrated = self.probabilities(logits)
+        before, after = reliability(logits.double().softmax(1), labels), reliability(calibrated, labels)
         return {
             "temperature": self.temperature,
             "ece_uncalibrated": calibration_error(before),
             "ece": calibration_error(after),
             "reliability": after,
-            "coverage": coverage(self.probabilities(logits), labels),
+            "coverage": coverage(calibrated, labels),
         }
 
     def save(self, file):

@@ -15,8 +15,8 @@ from cli import (
     check_sheet,
     file_path,
     find_device,
+    fraction,
     print_json,
-    probability,
     report_bad,
 )
 from encoding import encode_images
@@ -99,7 +99,7 @@ def main():
     add_run_flags(parser)
     parser.add_argument("images", nargs="*", type=file_path, metavar="IMAGE-OR-FOLDER", help="default: all of --data")
     parser.add_argument(
-        "--unsure", type=probability, default=0.0, help="below this probability the class is given as unsure"
+        "--unsure", type=fraction, default=0.0, help="below this probability the class is given as unsure"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with the probability of every class")
@@ -108,10 +108,10 @@ def main():
     parser.add_argument("--explain", action="store_true", help="with --sheet: show where the model looked")
     add_query_flags(parser, "cls.csv gives {image: class number}, for the images of --data")
     args = parser.parse_args()
-    check_query_flags(args, "images", "csv", "unsure", "sheet")
+    check_query_flags(args, "csv", "unsure", "sheet")
     check_sheet(args)
-    if args.images and args.data:
-        raise UserError("--data has no effect where images are named; leave one of them out")
+    if args.images and (args.data or args.queries):
+        raise UserError("--data and --queries choose the images; leave them out, or the images that you named")
     queries = read_queries(args.queries) if args.queries else []
     files = []
     for path in args.images:
@@ -140,7 +140,7 @@ def main():
             zip_submission(answers, args.queries.stem, args.zip)
     else:
         show(results, metadata.classes, args)
-    if args.sheet:
+    if args.sheet and results:
         draw(results, model, metadata, device, args, run)
     report_bad(bad)
 

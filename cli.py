@@ -104,10 +104,10 @@ def gigabytes(text):
     return number
 
 
-def probability(text):
+def fraction(text):
     number = typed(float)(text)
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text[:100]} is not a probability, from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text[:100]} is not a number from 0 to 1")
     return number
 
 

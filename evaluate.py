@@ -243,6 +243,7 @@ def main():
     device, run = find_device(args.device), find_run(args.run)
     model, tokenizer, metadata = read_run(run, args.weights)
     to_device(model.requires_grad_(False), metadata.settings, device)  # as in training, adapters apart
+    calibration = Calibration.load(run / CALIBRATION, model.head.shape[1])
     if args.data:
         name = args.data
         samples, note = other_samples(name, run, metadata)
@@ -257,10 +258,10 @@ def main():
     batch_size, bad = args.batch_size or metadata.settings.batch_size, {}
     seen = see(model, samples, metadata.classes, device, batch_size, args.workers, bad)
     results = evaluate(model, tokenizer, seen, metadata, device, intervals=True)
-    results |= Calibration.load(run / CALIBRATION, seen.images.shape[1]).figures(seen.logits, seen.labels)
+    results |= calibration.figures(seen.logits, seen.labels)
     print(shown(f"{run} on the {len(seen.samples):,} images of {name}{note}"), file=sys.stderr)
     if args.report:
-        write_report(args.report, run, model, tokenizer, metadata, seen, results, device, name)
+        write_report(args.report, run, model, tokenizer, metadata, seen, results, device, f"those of {name}")
     if args.json:
         print_json(results)
     else:

@@ -1,5 +1,7 @@
 """Figures as text: a line for the log of a training, a table at its end. What `evaluate` gives is what they show."""
 
+import math
+
 from errors import shown
 
 SEARCHES = {
@@ -46,9 +48,14 @@ def table(results):
         before, after, T = (results[key] for key in ("ece_uncalibrated", "ece", "temperature"))
         lines += ["", f"calibration error {before:.3f}, {after:.3f} with a temperature of {T:.2f}"]
         for row in results["coverage"][1:]:
-            least = f"with a probability of {row['at_least']:.2f} or more"
+            least = f"with a probability of {at_least(row)} or more"
             lines.append(f"accuracy of the surest {100 * row['share']:.0f} %, those {least}: {show(row['accuracy'])}")
     return "\n".join(lines)
+
+
+def at_least(row):
+    """→ the least probability of a row of `coverage`, rounded down, so that --unsure keeps the images of that row."""
+    return f"{math.floor(1000 * row['at_least']) / 1000:.3f}"
 
 
 def interval_of(results, key):

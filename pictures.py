@@ -1,6 +1,7 @@
 """Pictures of results: a contact sheet of what was found, curves, and the charts of a report."""
 
 import colorsys
+import io
 import math
 import os
 import re
@@ -44,6 +45,19 @@ def fit(draw, text, face, width, lines=1):
     return "\n".join(fitted)
 
 
+def spaced(name):
+    """A class's name as words."""
+    return re.sub("[_-]+", " ", name)
+
+
+def jpeg(image, side, quality=88):
+    """A Pillow image → its bytes as a JPEG, no side longer than `side`."""
+    image, content = to_rgb(image), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(content, "JPEG", quality=quality)
+    return content.getvalue()
+
+
 def class_look(name, classes):
     """→ a colour and a shape for a class, (sides, rotation in degrees), 0 sides: a disk. The colours are spaced over
     the run's classes, from yellow to purple: red would look like an alarm."""
@@ -54,7 +68,7 @@ def class_look(name, classes):
 
 def thumbnail(file, frame=None):
     """An image file → a square of TILE pixels that shows all of it. frame "crop": a line around what the model sees."""
-    image = to_rgb(load_image(file))
+    image = to_rgb(load_image(file, TILE))
     scale = TILE / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]  # a thread of an image has at least one pixel
     tile = ImageOps.pad(image.resize(size, Image.Resampling.LANCZOS), (TILE, TILE), color="black")
@@ -104,7 +118,7 @@ def _draw_card(sheet, draw, x, y, card, classes, frame):
             draw.regular_polygon((*middle, 8), sides, rotation, fill=colour)
         else:
             draw.ellipse((middle[0] - 7, middle[1] - 7, middle[0] + 7, middle[1] + 7), fill=colour)
-        plain = [re.sub("[_-]+", " ", each or "") for each in (label, predicted)]
+        plain = [spaced(each or "") for each in (label, predicted)]
         sure = "" if card.get("probability") is None else f" {card['probability']:.2f}"
         agree = label in (None, predicted)
         said = f"the model agrees,{sure}" if label and agree else f"the model says {plain[1]},{sure}"
@@ -116,8 +130,8 @@ def _draw_card(sheet, draw, x, y, card, classes, frame):
         draw.text((x + TILE - 10, y + TILE + 20), f"{card['score']:.3f}", WHITE, font(16), anchor="rm")
     words = "; ".join(card.get("captions") or ())
     draw.text((x + 10, y + TILE + 82), fit(draw, words, font(13), TILE - 20, lines=2), WHITE, font(13))
-    alike = [f"{card['group']}, {card.get('of_group', 1)} images"] if card.get("group") else []
-    alike += [f"{card['copies']} copies"] if card.get("copies") else []
+    alike = [f"{card['group']}, {counted(card.get('of_group', 1), 'image')}"] if card.get("group") else []
+    alike += [f"{card['copies']} more of the same picture"] if card.get("copies") else []
     file = "; ".join([Path(card["image"]).name, *alike])
     draw.text((x + 10, y + TILE + CAPTION - 14), fit(draw, file, font(12), TILE - 20), GREY, font(12), anchor="lm")
 
@@ -125,19 +139,20 @@ def _draw_card(sheet, draw, x, y, card, classes, frame):
 def write_sheets(file, cards, *sheet, **more):
     """`contact_sheets` → image files: x.png, x.page-2.png, … Raises UserError where that would overwrite an image that
     is shown."""
-    kind = Image.registered_extensions()[file.suffix.lower()]
-    refuse_inputs(file, [card["image"] for card in cards])
+    kind, shown_images = Image.registered_extensions()[file.suffix.lower()], [card["image"] for card in cards]
+    pages = -(-len(cards) // PAGE)
+    for number in range(1, pages + 1):
+        refuse_inputs(page_of(file, number), shown_images)
     for number, page in enumerate(contact_sheets(cards, *sheet, **more), start=1):
-        with whole(_page_of(file, number)) as temporary:
+        with whole(page_of(file, number)) as temporary:
             page.save(temporary, kind)
-    if number > 1:
-        print(f"the sheet has {number} pages, the last is {shown(_page_of(file, number))}", file=sys.stderr)
-    while (left_over := _page_of(file, number + 1)).is_file():  # of a longer sheet, of another question
-        left_over.unlink()
-        number += 1
+    if pages > 1:
+        print(f"the sheet has {pages} pages, the last is {shown(page_of(file, pages))}", file=sys.stderr)
+    if page_of(file, pages + 1).exists():
+        print(f"note: {shown(page_of(file, pages + 1))} is of an older sheet", file=sys.stderr)
 
 
-def _page_of(file, number):
+def page_of(file, number):
     return file if number == 1 else file.with_stem(f"{file.stem}.page-{number}")
 
 

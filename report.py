@@ -4,9 +4,8 @@ Whoever has the report has the thumbnails in it; keep it as you keep the images.
 """
 
 import base64
-import io
+import math
 import platform
-import re
 import time
 from dataclasses import asdict
 from html import escape
@@ -18,10 +17,10 @@ import torch.nn.functional as F
 
 from encoding import encode_texts
 from errors import counted, shown
-from figures import SEARCHES, interval_of, show
+from figures import SEARCHES, at_least, interval_of, show
 from files import read_bytes, write_text
-from images import load_image, to_rgb
-from pictures import line_chart, reliability_chart
+from images import load_image
+from pictures import jpeg, line_chart, reliability_chart, spaced
 from runs import OVERVIEW, read_log
 from split_file import count_classes
 
@@ -95,11 +94,8 @@ def text(value):
 
 def embed(file, side=SIDE):
     """An image file → <img> that holds a small JPEG of it."""
-    image = to_rgb(load_image(file, side))
-    image.thumbnail((side, side))
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}">'
+    content = base64.b64encode(jpeg(load_image(file, side), side, quality=80)).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{content}">'
 
 
 def _section(title, content):
@@ -116,7 +112,7 @@ def _table(header, rows, kind=""):
 
 
 def _name(label):
-    return text(re.sub("[_-]+", " ", label))
+    return text(spaced(label))
 
 
 def _tiles(metrics):
@@ -158,11 +154,14 @@ def _curves(run):
         return ""  # one point makes no curve
 
     def series(key):
-        return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), float)]
+        return [
+            (line["step"], line[key]) for line in lines if isinstance(line.get(key), float) and math.isfinite(line[key])
+        ]
 
     figures = {"accuracy": "accuracy", "image→image MRR": "i2i_mrr", "text→image MRR": "t2i_mrr"}
-    figures = {name: points for name, key in figures.items() if (points := series(key))}
-    charts = "".join(f"<figure>{line_chart(each, 'step')}</figure>" for each in ({"loss": series("loss")}, figures))
+    panels = [{name: series(key) for name, key in named.items()} for named in ({"loss": "loss"}, figures)]
+    panels = [{name: points for name, points in panel.items() if points} for panel in panels]
+    charts = "".join(f"<figure>{line_chart(panel, 'step')}</figure>" for panel in panels if panel)
     said = "After each round: the mean loss of its steps, and figures of the validation images."
     return f"<p>{said}</p><div class=wide>{charts}</div>"
 
@@ -207,9 +206,7 @@ def _trust(metrics):
 is from the truth, on average over all images, is the calibration error: {before:.3f} as the model says, {after:.3f}
 with its logits divided by a temperature, {T:.2f}, which was chosen on the validation images. Such a probability knows
 of the run's classes only: an image of none of them gets one, too."""
-    rows = [
-        [f"{100 * row['share']:.0f} %", f"{row['at_least']:.2f}", show(row["accuracy"])] for row in metrics["coverage"]
-    ]
+    rows = [[f"{100 * row['share']:.0f} %", at_least(row), show(row["accuracy"])] for row in metrics["coverage"]]
     table = _table(["the surest", "probability at least", "accuracy"], rows)
     chart = f"<figure>{reliability_chart(metrics['reliability'])}</figure>"
     return f"<p>{said}</p><div class=wide>{chart}<div>{table}</div></div>"
@@ -239,14 +236,15 @@ def _examples(seen, model, tokenizer, metadata, device):
     images = F.normalize(seen.images, dim=1)
     captions = sorted({(caption, s.label) for s in seen.samples for caption in s.captions})
     texts = captions or [(metadata.prompts[name][0], name) for name in metadata.classes]
-    texts = [texts[len(texts) * i // 3] for i in range(min(3, len(texts)))]
+    count = min(3, len(texts))
+    texts = [texts[len(texts) * i // count] for i in range(count)]
     queries = F.normalize(encode_texts(model, tokenizer, [words for words, _ in texts], device), dim=1)
     parts = []
     for (words, label), query in zip(texts, queries, strict=True):
         parts.append(f"<p>“{text(words)}”</p><div class=row>{_found(seen, images @ query, label)}</div>")
     for i in {len(images) * k // (EXAMPLES - len(texts)) for k in range(EXAMPLES - len(texts))}:
         sample = seen.samples[i]
-        own = [s.image == sample.image or (s.group or s.image) == sample.group for s in seen.samples]
+        own = [(s.group or s.image) == (sample.group or sample.image) for s in seen.samples]
         found = _found(seen, (images @ images[i]).masked_fill(torch.tensor(own), -2), sample.label)
         query = _card(sample, f"the query, {_name(sample.label)}", "query")
         parts.append(f"<p>Images like {text(sample.image.name)}</p><div class=row>{query}{found}</div>")

@@ -25,10 +25,10 @@ from cli import (
     check_sheet,
     file_path,
     find_device,
+    fraction,
     positive_int,
     print_json,
     report_bad,
-    typed,
 )
 from encoding import describe_cut, encode_texts
 from entrep import find_queries, name_images, read_queries, zip_submission
@@ -39,7 +39,7 @@ from images import load_image
 from index import index_images
 from pictures import refuse_inputs, write_sheets
 from runs import find_run, finished
-from serve import Site, serve
+from serve import MOST_FOUND, Site, serve
 from split_file import trained_captions
 from trust import find_samples
 
@@ -119,7 +119,6 @@ def answer(archive, bad, args, run):
     own = next(same, None)
     if own is not None and len(archive.groups.get(archive.samples[own].group, [])) == len(archive.samples):
         raise UserError("there is nothing to search but the query's own group; name other images by --data")
-    archive.calibration = Calibration.load(run / CALIBRATION, archive.gallery.shape[1])
     vocabulary = Vocabulary(archive.metadata, trained_captions(run))
     header = about(run, archive.metadata, len(archive.samples), finished(run))
     print(shown(header["line"]), file=sys.stderr)
@@ -150,7 +149,7 @@ def parse_arguments():
     parser.add_argument("--text", help="what to look for, in words")
     parser.add_argument("--image", type=file_path, help="what to look for, by example: an image file")
     parser.add_argument(
-        "--mix", type=typed(float), help="with --text and --image: 0 is the image alone, 1 the text alone; default: 0.5"
+        "--mix", type=fraction, help="with --text and --image: 0 is the image alone, 1 the text alone; default: 0.5"
     )
     parser.add_argument(
         "--per-group",
@@ -203,8 +202,8 @@ def check_arguments(parser, args):
     if args.mix is not None and not (args.text and args.image):
         raise UserError("--mix needs both --text and --image; leave it out, or add the other")
     args.mix = 0.5 if args.mix is None else args.mix
-    if not 0 <= args.mix <= 1:
-        parser.error(f"--mix {args.mix} is not between 0 and 1")
+    if args.serve and args.top > MOST_FOUND:
+        raise UserError(f"the page shows at most {MOST_FOUND} images; use a smaller --top")
     if args.image:
         load_image(args.image)  # before anything takes long
     if args.sheet and args.top > 200:
@@ -237,7 +236,8 @@ def main():
         if args.zip:
             zip_submission(answers, args.queries.stem, args.zip)
     if args.text or args.image or args.asks or args.serve:
-        answer(Archive(model, tokenizer, metadata, [samples[file] for file in files], gallery, device), bad, args, run)
+        calibration, found = Calibration.load(run / CALIBRATION, gallery.shape[1]), [samples[file] for file in files]
+        answer(Archive(model, tokenizer, metadata, found, gallery, device, calibration), bad, args, run)
     report_bad(bad)
 
 

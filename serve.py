@@ -33,8 +33,8 @@ from archive import mixed
 from errors import UserError, reason
 from explain import explain
 from files import parse_json
-from images import load_image, to_rgb
-from pictures import overlay
+from images import load_image
+from pictures import jpeg, overlay
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST_UPLOAD, LONGEST_QUESTION, REMEMBERED, MOST_FOUND = 20_000_000, 10_000, 50, 100
@@ -118,22 +118,14 @@ class Site:
 
     def picture(self, number, side):
         file = self.archive.samples[self.number(number)].image
-        image = to_rgb(load_image(file, side))
-        image.thumbnail((side, side))
-        return _jpeg(image)
+        return jpeg(load_image(file, side), side)
 
     def heat(self, query, number):
         if query not in self.queries:
             raise Refused(HTTPStatus.GONE, "the question is forgotten; ask it again")
         file = self.archive.samples[self.number(number)].image
         ((square, heat),) = explain(self.archive.model, [file], self.queries[query][0], self.archive.device)
-        return _jpeg(overlay(square.resize((THUMB, THUMB)), heat))
-
-
-def _jpeg(image):
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=88)
-    return content.getvalue()
+        return jpeg(overlay(square.resize((THUMB, THUMB)), heat), THUMB)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -144,7 +144,7 @@ def test_classify_gives_the_calibrated_probabilities_of_the_report(script, train
     sure = [r["probability"] >= 0.9 for r in results]
     assert [row["class"] != "unsure" for row in rows] == sure
     assert [row["probability"] for row in rows] == [str(r["probability"]) for r in results]
-    assert "not a probability" in mistake(script(classify, "--run", trained, *files, "--unsure", "2"))
+    assert "not a number from 0 to 1" in mistake(script(classify, "--run", trained, *files, "--unsure", "2"))
 
 
 def test_strange_images_are_named(script, trained, tmp_path):

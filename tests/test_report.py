@@ -148,3 +148,21 @@ def test_a_chart_keeps_its_points_inside():
     started = time.monotonic()
     line_chart({"large": [(1, -1e6), (2, 1e6)]}, "step")
     assert time.monotonic() - started < 5
+
+
+def test_odd_logs_make_no_curves(script, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for lines in ('{"step": 1}\n{"step": 2}', '{"step": 1, "loss": 1e400}\n{"step": 2, "loss": "x"}', "[]\n{", "\xff"):
+        (tmp_path / "run/metrics.jsonl").write_text(lines, encoding="latin-1")
+        status, _, err = script(evaluate, "--run", "run", "--report", "out.html")
+        assert status == 0 and "<polyline" not in (tmp_path / "out.html").read_text(encoding="utf-8"), err
+
+
+def test_two_classes_without_captions_are_two_texts(script, base, pictures, tmp_path):
+    for label in ("half-left", "half-right"):
+        shutil.copytree(pictures / "images" / label, tmp_path / "images" / label)
+    flags = "--weights", base, "--steps", 2, "--device", "cpu", "--run", "run"
+    assert script(train, "--data", "images", *flags)[0] == 0
+    text = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    found = re.findall("<p>“(.*?)”</p>", text)
+    assert len(found) == len(set(found)) == 2

@@ -135,7 +135,7 @@ def test_a_sheet_has_pages_and_shows_what_is_cut_away(tmp_path):
     assert [rows.min() - 76, rows.max() - 76, columns.min() - 16, columns.max() - 16] == [56, 167, 56, 167]
 
 
-def test_sheets_overwrite_no_image_and_leave_no_old_pages(script, trained, pictures, tmp_path, monkeypatch):
+def test_sheets_overwrite_no_image_and_name_old_pages(script, trained, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures_module, "PAGE", 4)
     flags = "--run", trained, "--text", "red", "--sheet", "o.png"
     Image.new("RGB", (5, 5)).save(tmp_path / "o-2.png")
@@ -143,7 +143,8 @@ def test_sheets_overwrite_no_image_and_leave_no_old_pages(script, trained, pictu
     assert status == 0 and "the sheet has 3 pages, the last is o.page-3.png" in err
     assert Image.open(tmp_path / "o-2.png").size == (5, 5) and (tmp_path / "o.page-3.png").exists()
     assert script(retrieve, *flags, "--top", 5)[0] == 0
-    assert sorted(path.name for path in tmp_path.glob("o*")) == ["o-2.png", "o.page-2.png", "o.png"]
+    _, _, err = script(retrieve, *flags, "--top", 5)
+    assert "o.page-3.png is of an older sheet" in err
     image = shutil.copy(pictures / "images/half-left/0.png", tmp_path / "query.png")
     before = Path(image).read_bytes()
     for module, flag in ((retrieve, "--sheet"), (explain, "--out")):
@@ -289,6 +290,16 @@ def test_groups_are_one_card_each_unless_all_are_asked_for(script, trained):
     assert {r["of_group"] for r in nearest} == {2} and [r["rank"] for r in nearest] == list(range(1, 10))
     for top in (1, 3, 5):
         assert [r["image"] for r in found("--top", top)] == [r["image"] for r in nearest[:top]]
+
+
+def test_many_copies_crowd_nothing_out(script, trained, pictures, tmp_path):
+    for i in range(12):
+        shutil.copy(pictures / "images/half-left/0.png", tmp_path / f"copy{i}.png")
+    for label in SHAPES:
+        shutil.copy(pictures / "images" / label / "3.png", tmp_path / f"{label}.png")
+    status, out, err = script(retrieve, "--run", trained, "--data", tmp_path, "--text", "red", "--json", "--top", 3)
+    assert status == 0, err
+    assert len(json.loads(out)) == 3 and {r["copies"] for r in json.loads(out)} <= {0, 11}
 
 
 def test_copies_are_one_card(script, trained, pictures, tmp_path):

@@ -6,7 +6,6 @@ first kind scores higher than one of the second.
 The texts are below. Those of the first kind are written in other words than a run's captions and prompts.
 
     nearest             cosine of the nearest image
-    above neutral       the same, less that of neutral texts, such as “a photo”
     spread              the same, in standard deviations over all images
     percentile          the same, among those of the archive's own captions and prompts
     above mean          cosine of the nearest image, less the mean of all
@@ -32,7 +31,6 @@ from split_file import trained_captions
 from trust import find_samples
 
 CPU = torch.device("cpu")
-NEUTRAL = ["a photo", "an image", "a picture", "something", "a photo of something"]
 ENT = """an eardrum with a hole
 hole in the left eardrum
 right ear drum perforation
@@ -128,14 +126,13 @@ def scores(run, texts):
         return F.normalize(encode_texts(model, tokenizer, some, CPU), dim=1)
 
     known = unit(texts_of(metadata, samples))
-    queries, neutral = unit(texts), unit(NEUTRAL)
+    queries = unit(texts)
     cosines, nearest = queries @ gallery.T, (queries @ gallery.T).amax(1)
     trained = Vocabulary(metadata, trained_captions(run)).words
     share = torch.tensor([sum(stem(word) in trained for word in words(t)) / max(1, len(words(t))) for t in texts])
     own = (known @ gallery.T).amax(1).sort().values
     return {
         "nearest": nearest,
-        "above neutral": nearest - (neutral @ gallery.T).amax(),
         "spread": (nearest - cosines.mean(1)) / cosines.std(1),
         "above mean": nearest - cosines.mean(1),
         "percentile": torch.searchsorted(own, nearest, right=True) / len(own),
