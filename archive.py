@@ -38,6 +38,10 @@ class Archive:
             if sample.group:
                 self.groups.setdefault(sample.group, []).append(row)
 
+    def group_of(self, row):
+        """→ the rows of an image's group, only its own where it has none."""
+        return self.groups.get(self.samples[row].group, [row])
+
     def of_text(self, text):
         """→ (1, D)"""
         return encode_texts(self.model, self.tokenizer, [text], self.device)
@@ -54,7 +58,7 @@ class Archive:
         rows: (M,), which of them are searched; without it all are. per_group: only the nearest of each group, as the
         frames of a video are nearly the same picture, and of copies. without: a row; it and its group are left out, as
         the evaluation does it."""
-        own = [] if without is None else self.groups.get(self.samples[without].group, [without])
+        own = [] if without is None else self.group_of(without)
         searched = self.gallery if rows is None else self.gallery[rows]
         count, chosen, copies, left_out = 2 * top + len(own), [], {}, set(own)
         while len(searched):
@@ -96,7 +100,7 @@ class Archive:
             result = {"rank": len(results) + 1, "score": round(score, 4), "image": str(sample.image)}
             result |= {"class": sample.label, "predicted": self.metadata.classes[c], "probability": round(p, 4)}
             result |= {"captions": sample.captions, "group": sample.group, "row": i}
-            results.append(result | {"of_group": len(self.groups.get(sample.group, [i])), "copies": copies.get(i, 0)})
+            results.append(result | {"of_group": len(self.group_of(i)), "copies": copies.get(i, 0)})
         return results
 
 

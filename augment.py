@@ -8,7 +8,8 @@ image become one 2 × 3 matrix, brightness, contrast and saturation one 3 × 4 m
 image is read once and written once. A few numbers describe a view. They are drawn on the CPU, image by image, the same
 ones on every machine; what is made of them is a few operations on the whole batch, as a GPU likes it.
 
-Exercise: in `positions`, turn before the crop instead of after it, and see in the test how the corners move.
+Exercise: a view that is turned and not square sees a parallelogram of the image. Exchange `height` and `width` before
+the two sines, and it sees a rectangle.
 """
 
 import math

@@ -1,6 +1,5 @@
 """Classify images with a fine-tuned model: python classify.py IMAGE-OR-FOLDER…"""
 
-import csv
 import sys
 
 import torch
@@ -16,6 +15,7 @@ from cli import (
     file_path,
     find_device,
     fraction,
+    print_csv,
     print_json,
     report_bad,
 )
@@ -55,8 +55,9 @@ def draw(results, model, metadata, device, args, run):
     """Write contact sheets of the results."""
     cards, frame = [], model.clip.config.preprocessing.frame
     for r in results:
-        best, said = max(r["classes"], key=r["classes"].get), [UNSURE] * (r["class"] == UNSURE) + notes(r)
-        cards.append({"image": r["image"], "predicted": best, "probability": r["probability"], "captions": said})
+        best, said = max(r["classes"], key=r["classes"].get), (UNSURE if r["class"] == UNSURE else "", note(r))
+        card = {"image": r["image"], "predicted": best, "probability": r["probability"]}
+        cards.append(card | {"captions": [words for words in said if words]})
 
     def dress(page):
         vector = dict(zip(metadata.classes, model.head.detach(), strict=True))
@@ -66,9 +67,9 @@ def draw(results, model, metadata, device, args, run):
     write_sheets(args.sheet, cards, metadata.classes, "classified", said, frame, dress if args.explain else None)
 
 
-def notes(result):
+def note(result):
     strange = result["familiarity"] is not None and result["familiarity"] < UNLIKE
-    return ["unlike the training images"] * strange
+    return "unlike the training images" if strange else ""
 
 
 def show(results, classes, args):
@@ -76,18 +77,14 @@ def show(results, classes, args):
     if args.json:
         print_json(results)
     elif args.csv:
-        name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
-        writer = csv.writer(sys.stdout)
-        writer.writerow(["image", "class", "probability", "familiarity", *map(name, classes)])
-        for r in results:
-            columns = name(r["image"]), name(r["class"]), r["probability"], r["familiarity"]
-            writer.writerow([*columns, *r["classes"].values()])
+        columns = "image", "class", "probability", "familiarity"
+        print_csv([[*columns, *classes], *([*(r[c] for c in columns), *r["classes"].values()] for r in results)])
     else:
         table = [("image", "class", "probability", "runner-up", "")]
         for r in results:
             second = sorted(r["classes"], key=r["classes"].get)[-2]
             columns = f"{r['probability']:.3f}", f"{second} {r['classes'][second]:.3f}"
-            table.append((r["image"], r["class"], *columns, "".join(notes(r))))
+            table.append((r["image"], r["class"], *columns, note(r)))
         table = [tuple(map(shown, row)) for row in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:

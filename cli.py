@@ -1,6 +1,7 @@
 """What stands between the scripts and their user: flags, the device and its precision, progress."""
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -176,6 +177,12 @@ def print_json(value):
     """In UTF-8, but for what a terminal would obey."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
+
+
+def print_csv(rows):
+    """None is an empty cell."""
+    name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
+    csv.writer(sys.stdout).writerows(["" if cell is None else name(cell) for cell in row] for row in rows)
 
 
 def report_bad(bad):

@@ -72,10 +72,10 @@ def see(model, samples, classes, device, batch_size, workers, bad=None, cache=NO
         return Seen(samples, labels, images, model.classify(images.to(device)).cpu())
 
 
-def calibrate(model, val, files, device, batch_size, workers, cache=NO_CACHE):
+def calibrate(model, val, files, device, batch_size, workers):
     """What is Seen of the validation images, and the files that were trained on → Calibration."""
     some = random.Random(0).sample(files, min(MOST, len(files)))
-    known = encode_images(model, some, device, batch_size, workers, "calibrating", cache=cache)
+    known = encode_images(model, some, device, batch_size, workers, "calibrating")
     return Calibration.fit(val.logits, val.labels, val.images, known)
 
 
@@ -158,7 +158,7 @@ def finish(run, splits, model, tokenizer, metadata, state, device, workers, cach
     results = evaluate(model, tokenizer, seen, metadata, device, intervals=True)
     if report:
         val = seen if split == "val" else see(model, splits["val"], metadata.classes, *how, cache=cache)
-        calibration = calibrate(model, val, [sample.image for sample in splits["train"]], *how, cache)
+        calibration = calibrate(model, val, [sample.image for sample in splits["train"]], *how)
         results |= calibration.figures(seen.logits, seen.labels)
     untrained = {f"zero_shot_{key}": value for key, value in state.zero_shot.items()}
     metrics = {

@@ -82,13 +82,15 @@ class Attention(nn.Module):
             proj(x).view(B, L, C // self.head_width, self.head_width).transpose(1, 2)  # (B, heads, L, 64)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return self.out_proj(self.attend(q, k, v).transpose(1, 2).reshape(B, L, C))
+
+    def attend(self, q, k, v):
+        """(B, heads, L, 64) each → the same shape. explain.py puts another in its place, one that keeps the weights."""
         narrow = q.dtype in (torch.bfloat16, torch.float16)
         if narrow and q.is_cpu:  # where PyTorch's attention gains nothing from 16 bits, and its backward loses
             with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=self.causal)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(y.transpose(1, 2).reshape(B, L, C))
+                return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=self.causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
 
 
 class MLP(nn.Module):

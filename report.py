@@ -15,6 +15,7 @@ import PIL
 import torch
 import torch.nn.functional as F
 
+from calibration import Calibration
 from encoding import encode_texts
 from errors import counted, shown
 from figures import SEARCHES, at_least, interval_of, show
@@ -65,7 +66,8 @@ svg text { fill: var(--text); } .grid { stroke: var(--line); } .a { stroke: var(
 
 
 def write_report(file, run, model, tokenizer, metadata, seen, metrics, device, where="held out"):
-    """seen: evaluate.Seen; metrics: what evaluate.py gives of it, and, of a training, what metrics.json holds."""
+    """Write the report of a run, an HTML file. seen: evaluate.Seen; metrics: what evaluate.py gives of it, and, of a
+    training, what metrics.json holds; where: which images were seen. Raises UserError and OSError."""
     settings, classes = metadata.settings, metadata.classes
     images = counted(len(seen.samples), "image")
     data = f"Trained on {settings.data}, from {settings.weights}; the figures are of {images}, {where}."
@@ -78,7 +80,9 @@ def write_report(file, run, model, tokenizer, metadata, seen, metrics, device, w
         _section("Which classes it recognizes", _classes(metrics, classes)),
         _section("How well searches work", _searches(metrics)),
         _section("How far its probabilities can be trusted", _trust(metrics)),
-        _section("The mistakes it was surest of", _mistakes(seen, classes, metrics.get("temperature", 1))),
+        _section(
+            "The mistakes it was surest of", _mistakes(seen, classes, Calibration(metrics.get("temperature", 1.0)))
+        ),
         _section("What searches find", _examples(seen, model, tokenizer, metadata, device)),
         _section("Settings and versions", _settings(settings, device)),
     ]
@@ -212,8 +216,8 @@ of the run's classes only: an image of none of them gets one, too."""
     return f"<p>{said}</p><div class=wide>{chart}<div>{table}</div></div>"
 
 
-def _mistakes(seen, classes, temperature):
-    sure, called = (seen.logits.double() / temperature).softmax(1).max(1)
+def _mistakes(seen, classes, calibration):
+    sure, called = calibration.probabilities(seen.logits).max(1)
     wrong = (called != seen.labels).nonzero()[:, 0]
     if not len(wrong):
         return "<p>None: every image got its class.</p>"

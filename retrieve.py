@@ -5,7 +5,6 @@ Without any of these it asks for texts, one after another, until an empty line.
 
 import argparse
 import contextlib
-import csv
 import json
 import sys
 
@@ -27,6 +26,7 @@ from cli import (
     find_device,
     fraction,
     positive_int,
+    print_csv,
     print_json,
     report_bad,
 )
@@ -104,11 +104,7 @@ def show(archive, results, query, text, args, run):
     if args.json:
         print_json(results)
     elif args.csv:
-        rows = [{**r, "captions": "; ".join(r["captions"])} for r in results]
-        name = shown if sys.stdout.isatty() else str  # a terminal would obey what a file keeps
-        writer = csv.writer(sys.stdout)
-        writer.writerow(COLUMNS)
-        writer.writerows(["" if value is None else name(value) for value in row.values()] for row in rows)
+        print_csv([COLUMNS, *({**r, "captions": "; ".join(r["captions"])}.values() for r in results)])
     else:
         print_table(results)
 
@@ -117,7 +113,7 @@ def answer(archive, bad, args, run):
     """The query of the command line, those that are typed, or those of the page."""
     same = (i for i, s in enumerate(archive.samples) if args.image and s.image.resolve() == args.image.resolve())
     own = next(same, None)
-    if own is not None and len(archive.groups.get(archive.samples[own].group, [])) == len(archive.samples):
+    if own is not None and len(archive.group_of(own)) == len(archive.samples):
         raise UserError("there is nothing to search but the query's own group; name other images by --data")
     vocabulary = Vocabulary(archive.metadata, trained_captions(run))
     header = about(run, archive.metadata, len(archive.samples), finished(run))
